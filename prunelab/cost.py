@@ -1,0 +1,199 @@
+"""What a network costs: multiply-adds, parameters and bytes, and its measured time.
+
+One multiply-add is one MAC. Counted are `Conv2d`, `Linear` and `ColumnConv2d` modules; batch norm, activations, pools
+and biases are not. Counting runs on PyTorch's meta device, which does shapes and no arithmetic.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Literal, NamedTuple, get_args
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+
+from prunelab.layers import ColumnConv2d
+
+Scope = Literal["all", "conv"]
+
+_CONVOLUTIONS = (nn.Conv2d, ColumnConv2d)
+_COUNTED = (*_CONVOLUTIONS, nn.Linear)
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds per forward pass of one batch: median and quartiles, with what they were measured on."""
+
+    median: float
+    low: float
+    high: float
+    batch: int
+    threads: int
+    device: str
+
+
+def macs(net: nn.Module, example: Tensor, scope: Scope = "all") -> int:
+    """Count the multiply-adds of one image: convolutions and linear layers, or with scope "conv" convolutions only.
+
+    Args:
+        net: any network; it is left as it was.
+        example: an input batch [N, ...]; only its shape and type matter.
+        scope: "all" or "conv".
+
+    Raises:
+        ValueError: unknown scope, empty batch, or an example the network does not take.
+    """
+    if scope not in get_args(Scope):
+        raise ValueError(f"unknown scope {scope!r}: choose one of {', '.join(get_args(Scope))}")
+    counted = _COUNTED if scope == "all" else _CONVOLUTIONS
+    return sum(call.macs for call in _calls(net, example) if isinstance(call.layer, counted))
+
+
+def parameters(net: nn.Module) -> int:
+    """Count the trainable and frozen parameters; a tensor shared by several layers counts once."""
+    return sum(parameter.numel() for parameter in net.parameters())
+
+
+def size_bytes(net: nn.Module) -> int:
+    """Add up the bytes of all parameters and buffers: batch-norm statistics and column indices included."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in chain(net.parameters(), net.buffers()))
+
+
+def breakdown(net: nn.Module, example: Tensor) -> pd.DataFrame:
+    """List the layers that hold parameters, in the order of the network's modules.
+
+    Columns: name, kind (class name), output (shape without the batch, of the last call), macs (one image, all calls)
+    and parameters. The sums are `macs(net, example)` and, unless layers share a tensor, `parameters(net)`.
+
+    Raises:
+        ValueError: empty batch, or an example the network does not take.
+    """
+    calls = _calls(net, example)
+    outputs = {call.layer: call.output for call in calls}
+    rows = [
+        {
+            "name": name,
+            "kind": type(layer).__name__,
+            "output": outputs.get(layer),
+            "macs": sum(call.macs for call in calls if call.layer is layer),
+            "parameters": sum(parameter.numel() for parameter in layer.parameters(recurse=False)),
+        }
+        for name, layer in net.named_modules()
+        if _holds_parameters(layer)
+    ]
+    return pd.DataFrame(rows, columns=["name", "kind", "output", "macs", "parameters"])
+
+
+def latency(
+    net: nn.Module, example: Tensor, *, repeats: int = 30, warmup: int = 5, threads: int | None = None
+) -> Latency:
+    """Time forward passes of `example` in evaluation mode, after `warmup` passes that are not timed.
+
+    Args:
+        net: a network on the example's device; it is left as it was.
+        example: an input batch [N, ...].
+        repeats: timed passes, at least 1.
+        warmup: passes before them, at least 0.
+        threads: CPU threads for the measurement, restored afterwards; None keeps the present number.
+
+    Raises:
+        ValueError: repeats, warmup or threads out of range.
+    """
+    for name, value, least in (("repeats", repeats, 1), ("warmup", warmup, 0), ("threads", threads, 1)):
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    with _evaluating(net), _threads(threads), torch.inference_mode():
+        for _ in range(warmup):
+            net(example)
+        seconds = torch.tensor([_seconds(net, example) for _ in range(repeats)], dtype=torch.float64)
+        low, median, high = seconds.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
+        return Latency(median, low, high, len(example), torch.get_num_threads(), str(example.device))
+
+
+class _Call(NamedTuple):
+    layer: nn.Module
+    output: tuple[int, ...]
+    macs: int
+
+
+def _calls(net: nn.Module, example: Tensor) -> list[_Call]:
+    """Run `net` on the meta device and note every call of a layer that holds parameters."""
+    if example.ndim == 0 or len(example) == 0:
+        raise ValueError(f"the example must hold at least one image, got shape {tuple(example.shape)}")
+    calls: list[_Call] = []
+
+    def note(layer: nn.Module, args: object, output: Tensor) -> None:
+        macs = 0
+        if isinstance(layer, _COUNTED):
+            macs = output.numel() // len(example) * layer.weight[0].numel()  # weight[0]: what one output value adds up
+        calls.append(_Call(layer, tuple(output.shape[1:]), macs))
+
+    meta = {name: tensor.to("meta") for name, tensor in chain(net.named_parameters(), net.named_buffers())}
+    with ExitStack() as stack:
+        stack.enter_context(_evaluating(net))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_ShapesOnly())
+        for layer in filter(_holds_parameters, net.modules()):
+            stack.callback(layer.register_forward_hook(note).remove)
+        try:
+            functional_call(net, meta, example.to("meta"))
+        except RuntimeError as error:
+            raise ValueError(f"the network takes no input of shape {tuple(example.shape)}: {error}") from error
+    return calls
+
+
+class _ShapesOnly(TorchFunctionMode):
+    """Let batch norm and ReLU return their input: the shape is the same, and their meta kernels take most of the time."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one function of the network."""
+        return args[0] if func in (F.batch_norm, F.relu) else func(*args, **(kwargs or {}))
+
+
+def _holds_parameters(layer: nn.Module) -> bool:
+    return any(True for _ in layer.parameters(recurse=False))
+
+
+def _seconds(net: nn.Module, example: Tensor) -> float:
+    _synchronise(example.device)
+    start = time.perf_counter()
+    net(example)
+    _synchronise(example.device)
+    return time.perf_counter() - start
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def _evaluating(net: nn.Module) -> Iterator[None]:
+    """Put `net` in evaluation mode for a while, then every module back in the mode it had."""
+    modes = {module: module.training for module in net.modules()}
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

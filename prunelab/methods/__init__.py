@@ -1,0 +1,39 @@
+"""The papers' methods, one file each; a new file here joins the experiments by itself."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Any
+
+from prunelab.methods.base import Method, Pruned
+
+__all__ = ["METHODS", "Method", "Pruned", "build"]
+
+
+def _found() -> dict[str, type[Method]]:
+    """Return every class with a `name` that the modules of this package define."""
+    found = {}
+    for module in pkgutil.iter_modules(__path__):
+        for thing in vars(importlib.import_module(f"{__name__}.{module.name}")).values():
+            if isinstance(thing, type) and thing.__module__.startswith(__name__) and isinstance(getattr(thing, "name", 0), str):
+                found[thing.name] = thing
+    return dict(sorted(found.items()))
+
+
+METHODS: dict[str, type[Method]] = _found()
+
+
+def build(name: str, **parameters: Any) -> Method:
+    """Return the method of that name with the paper's hyper-parameters, but for those given.
+
+    Raises:
+        ValueError: the method or a parameter is unknown, or a parameter's value illegal; the legal ones are listed.
+    """
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}: legal names are {', '.join(map(repr, METHODS))}")
+    fields = getattr(METHODS[name], "__dataclass_fields__", {})
+    unknown = sorted(set(parameters) - set(fields))
+    if unknown:
+        raise ValueError(f"method {name!r} has no parameter {', '.join(unknown)}: it has {', '.join(fields)}")
+    return METHODS[name](**parameters)

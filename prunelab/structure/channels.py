@@ -1,0 +1,115 @@
+"""Channels: filters, and everything in the network that is tied to them."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from prunelab.structure.graph import Axis, Coupling, Ids, couple
+from prunelab.structure.plan import Plan
+from prunelab.structure.space import Cost, Group, Space, open_ended
+
+
+class ChannelSpace(Space):
+    """The output channels of every convolution and hidden linear layer, grouped by what ties them together.
+
+    A group is named after the first layer that writes it. Removing a unit removes its filters, batch-norm entries and biases, and the
+    slices of every layer that reads it.
+
+    Args:
+        net: a network that torch.fx can trace.
+        example: an input, float [N, C, H, W]; its spatial size fixes the MACs.
+
+    Raises:
+        UntraceableError: the network, or a named module in it, cannot be cut safely.
+    """
+
+    kind = "channels"
+
+    def __init__(self, net: nn.Module, example: Tensor) -> None:
+        self.coupling = couple(net, example)
+        groups = [Group(n, int(s)) for n, s in zip(self.coupling.names, self.coupling.sizes, strict=True)]
+        super().__init__(net, groups, _cost(self.coupling))
+
+    def owned(self, net: nn.Module) -> list[tuple[nn.Parameter, list[Tensor]]]:
+        """List weights, biases and batch-norm scales with the units along their axes."""
+        parameters = dict(net.named_parameters())
+        owners: dict[str, list[Tensor]] = defaultdict(list)
+        for axis in self.coupling.axes:
+            if axis.name in parameters and (axis.units >= 0).any():
+                along = [1] * parameters[axis.name].dim()
+                along[axis.dim] = -1
+                owners[axis.name].append(torch.from_numpy(axis.units).view(along))
+        return [(parameters[name], units) for name, units in owners.items()]
+
+    def unit_weights(self, group: str) -> Tensor:
+        """Return, side by side, the filters of every layer that writes the group, [size, weights per unit]."""
+        return torch.cat([self._filters(axis, group) for axis in self.writers(group)], dim=1)
+
+    def writers(self, group: str) -> list[Axis]:
+        """Return the filter axes of the layers that write a group, in the order in which they run."""
+        self._known({group: None})
+        first, last = self._bounds(group)
+        return [a for a in self.coupling.axes if a.role == "out" and ((a.units >= first) & (a.units < last)).any()]
+
+    def _filters(self, axis: Axis, group: str) -> Tensor:
+        first, last = self._bounds(group)
+        rows = np.flatnonzero((axis.units >= first) & (axis.units < last))
+        rows = rows[np.argsort(axis.units[rows], kind="stable")]
+        weight = self.net.get_submodule(axis.module).get_parameter(axis.tensor).detach()
+        return weight[torch.from_numpy(rows)].reshape(last - first, -1)
+
+    def _bounds(self, group: str) -> tuple[int, int]:
+        index = self._index[group]
+        last = int(self.sizes[: index + 1].sum())
+        return last - int(self.sizes[index]), last
+
+    def shrink(self, plan: Plan) -> nn.Module:
+        """Return a smaller network of the same classes: every tensor cut along its axes, every width attribute set.
+
+        The tensors are cut while the network is copied, so no second full set of weights is made.
+        """
+        kept = open_ended(self.gates(plan)).bool()
+        positions = {id(a.units): torch.from_numpy(a.units) for a in self.coupling.axes}
+        cut: dict[int, Tensor] = {}
+        for axis in self.coupling.axes:
+            tensor = getattr(self.net.get_submodule(axis.module), axis.tensor)
+            stays = kept[positions[id(axis.units)]]
+            source = cut.get(id(tensor), tensor.detach())
+            if not stays.all():
+                cut[id(tensor)] = source.index_select(axis.dim, stays.nonzero().squeeze(1).to(tensor.device))
+        tensors = {id(t): t for t in (*self.net.parameters(), *self.net.buffers())}
+        memo = {
+            key: nn.Parameter(value, tensors[key].requires_grad) if isinstance(tensors[key], nn.Parameter) else value
+            for key, value in cut.items()
+        }
+        small = copy.deepcopy(self.net, memo)
+        for count in self.coupling.counts:
+            setattr(small.get_submodule(count.module), count.attribute, int(kept[count.units].sum()) // count.per)
+        return small
+
+
+def _cost(coupling: Coupling) -> Cost:
+    """Turn the layers' read and written units into the closed form of `Cost`."""
+    groups = len(coupling.sizes)
+    group_of = np.append(np.repeat(np.arange(groups), coupling.sizes), groups)  # unit -1 belongs to the fixed column
+
+    def channels_per_unit(units: Ids) -> np.ndarray:
+        totals = np.bincount(group_of[units], minlength=groups + 1)
+        return totals // np.append(coupling.sizes, 1)
+
+    reads = [np.eye(1, groups + 1, groups, dtype=np.int64)[0] if p.reads is None else channels_per_unit(p.reads) for p in coupling.products]
+    writes = [channels_per_unit(p.writes) for p in coupling.products]
+    read, written = np.array(reads, dtype=np.int64), np.array(writes, dtype=np.int64)
+    return Cost(
+        per_pair=np.array([p.macs for p in coupling.products], dtype=np.int64),
+        reads=read[:, :-1],
+        reads_fixed=read[:, -1],
+        writes=written[:, :-1],
+        writes_fixed=written[:, -1],
+        conv=np.array([p.kind == "conv" for p in coupling.products]),
+    )

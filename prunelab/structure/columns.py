@@ -1,0 +1,78 @@
+"""Columns of the im2col matrix: the same (channel, y, x) position in all filters of a convolution."""
+
+from __future__ import annotations
+
+import copy
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from prunelab.layers import ColumnConv2d
+from prunelab.structure.graph import couple
+from prunelab.structure.plan import Plan
+from prunelab.structure.space import Cost, Group, Space
+
+
+class ColumnSpace(Space):
+    """The columns of every ungrouped convolution; a group per convolution, named after it.
+
+    Column j = (c·kh + dy)·kw + dx. Removing columns leaves every tensor between the layers as it is, so convolutions are independent
+    of each other and residual networks need no care.
+
+    Args:
+        net: a network that torch.fx can trace.
+        example: an input, float [N, C, H, W]; its spatial size fixes the MACs.
+    """
+
+    kind = "columns"
+
+    def __init__(self, net: nn.Module, example: Tensor) -> None:
+        products = couple(net, example).products
+        self.convolutions = {
+            p.module: conv
+            for p in products
+            if isinstance(conv := net.get_submodule(p.module), nn.Conv2d) and conv.groups == 1 and p.kind == "conv"
+        }
+        groups = [Group(name, conv.weight[0].numel()) for name, conv in self.convolutions.items()]
+        index = {group.name: i for i, group in enumerate(groups)}
+        reads = np.zeros((len(products), len(groups)), dtype=np.int64)
+        fixed, per_pair = np.zeros(len(products), dtype=np.int64), np.zeros(len(products), dtype=np.int64)
+        for row, product in enumerate(products):
+            module = net.get_submodule(product.module)
+            if product.module in index:
+                assert isinstance(module, nn.Conv2d)
+                reads[row, index[product.module]] = 1
+                per_pair[row] = product.macs // (module.kernel_size[0] * module.kernel_size[1])  # output positions
+            else:
+                fixed[row] = 1 if product.reads is None else len(product.reads)
+                per_pair[row] = product.macs
+        cost = Cost(
+            per_pair=per_pair,
+            reads=reads,
+            reads_fixed=fixed,
+            writes=np.zeros_like(reads),
+            writes_fixed=np.array([len(p.writes) for p in products], dtype=np.int64),
+            conv=np.array([p.kind == "conv" for p in products]),
+        )
+        super().__init__(net, groups, cost)
+
+    def owned(self, net: nn.Module) -> list[tuple[nn.Parameter, list[Tensor]]]:
+        """List the kernels, [out, C, kh, kw], with the unit of each column, [1, C, kh, kw]."""
+        kernels = [net.get_submodule(group.name).get_parameter("weight") for group in self.groups]
+        units = torch.arange(int(self.sizes.sum())).split(self.sizes.tolist())
+        return [(kernel, [numbers.view(1, *kernel.shape[1:])]) for kernel, numbers in zip(kernels, units, strict=True)]
+
+    def unit_weights(self, group: str) -> Tensor:
+        """Return the columns of a convolution's weights, [columns, filters]."""
+        self._known({group: None})
+        return self.convolutions[group].weight.detach().flatten(1).t()
+
+    def shrink(self, plan: Plan) -> nn.Module:
+        """Return a network whose cut convolutions are `ColumnConv2d`; a convolution that keeps all columns stays as it is."""
+        self.check(plan)
+        cut = {
+            id(conv): ColumnConv2d(conv, torch.tensor(plan.keep[name], device=conv.weight.device))
+            for name, conv in self.convolutions.items()
+            if len(plan.keep[name]) < plan.sizes[name]
+        }
+        return copy.deepcopy(self.net, dict(cut))

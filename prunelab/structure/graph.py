@@ -1,0 +1,608 @@
+"""Which channels of a network must be kept or removed together, found by tracing it once with torch.fx.
+
+Every output channel of every layer gets an id. The ids are carried along the traced graph beside the tensors' shapes (the
+run is on the meta device: no arithmetic). Where an operation forces two channels to share their fate, their ids are
+**tied**: an addition ties channel i to channel i, a grouped convolution ties all that its group reads and writes (a
+depthwise convolution is the case of one channel per group), a channel split ties position i of each part. Where channels
+cannot be removed (the network's input and output, a layer norm's statistics), their ids are **pinned**.
+
+What is left is bookkeeping: ids that are tied together are one **unit**, and units that appear in exactly the same places are
+one **group**. So a group is homogeneous: each of its units costs the same and can be ranked against the others, and
+the width of every layer is a sum of group widths. No case of residual stream, concatenation or zero-padded shortcut
+needs a rule of its own.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor, fx, nn
+
+from prunelab.layers import ZeroPadChannels
+
+Ids = NDArray[np.int64]
+Role = Literal["out", "in", "channel"]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One dimension of one tensor of the network, and the unit that each position along it belongs to.
+
+    `units` holds a unit number per position, -1 where the position is never removed. `role` is "out" for the filters of a
+    layer, "in" for what it reads, "channel" for one value per channel (batch norm, bias).
+    """
+
+    module: str
+    tensor: str
+    dim: int
+    role: Role
+    units: Ids
+
+    @property
+    def name(self) -> str:
+        """The tensor's name in the network's state dict."""
+        return f"{self.module}.{self.tensor}" if self.module else self.tensor
+
+
+@dataclass(frozen=True)
+class Count:
+    """An integer attribute of a module that is the number of kept channels among `units`, divided by `per`."""
+
+    module: str
+    attribute: str
+    units: Ids
+    per: int = 1
+
+
+@dataclass(frozen=True)
+class Product:
+    """A convolution or linear layer: `macs` multiply-adds for each pair of a read channel and a written channel.
+
+    A grouped convolution has no such pairs: what a group reads and writes is one unit, so `reads` is None and `macs` counts
+    per written channel.
+    """
+
+    module: str
+    kind: Literal["conv", "linear"]
+    macs: int
+    reads: Ids | None
+    writes: Ids
+
+
+@dataclass(frozen=True)
+class Tie:
+    """Two sets of units made one by the operation `why` at the graph node `node`."""
+
+    node: str
+    why: str
+    first: Ids
+    second: Ids
+
+
+@dataclass(frozen=True)
+class Channels:
+    """What is known of a traced tensor: the id of every position along its channel dimension `dim`."""
+
+    ids: Ids
+    dim: int
+
+    def spread(self, shape: torch.Size) -> Tensor:
+        """Return the ids as an int64 tensor of the traced tensor's shape, without memory of that size."""
+        layout = [1] * len(shape)
+        layout[self.dim] = len(self.ids)
+        return torch.from_numpy(self.ids).view(layout).expand(shape)
+
+
+@dataclass
+class Coupling:
+    """Everything a space needs to know of a network: its groups, and where their units sit."""
+
+    names: tuple[str, ...]  # one per group
+    sizes: Ids  # units per group
+    axes: list[Axis]
+    counts: list[Count]
+    products: list[Product]
+    ties: list[Tie]
+    norms: dict[str, str]  # layer -> the batch norm that alone reads its output
+
+
+class UntraceableError(TypeError):
+    """A network, or a module in it, that cannot be cut safely."""
+
+
+def couple(net: nn.Module, example: Tensor) -> Coupling:
+    """Trace `net` and find the groups of channels that can be removed.
+
+    Args:
+        net: any convolutional network whose forward torch.fx can trace; it is not changed.
+        example: an input, float [N, C, H, W]; only its shape matters.
+
+    Raises:
+        UntraceableError: the forward depends on values, or a module or operation is not known to be safe; it is named.
+        ValueError: the network does not accept an input of the example's shape.
+    """
+    with _evaluating(net):
+        tracer = _Tracer()
+        try:
+            graph = tracer.trace(net)
+        except Exception as error:
+            raise UntraceableError(
+                f"{type(net).__name__} cannot be traced: module {tracer.where!r} "
+                f"({type(tracer.inside).__name__}) has a forward that depends on values ({error})"
+            ) from error
+        labeller = _Labeller(fx.GraphModule(net, graph))
+        labeller.run(torch.empty((1, *example.shape[1:]), dtype=example.dtype, device="meta"))
+    return labeller.coupling()
+
+
+@contextmanager
+def _evaluating(net: nn.Module) -> Iterator[None]:
+    """Put every module in evaluation mode, and each back in its own afterwards."""
+    training = [module for module in net.modules() if module.training]
+    net.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class _Tracer(fx.Tracer):
+    """A tracer that remembers which module it was in, to name it when tracing fails."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.where, self.inside = "", nn.Module()
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        outer = self.where, self.inside
+        self.where, self.inside = self.path_of_module(m), m
+        result = super().call_module(m, forward, args, kwargs)
+        self.where, self.inside = outer
+        return result
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m) in _MODULES or super().is_leaf_module(m, module_qualified_name)
+
+
+@dataclass
+class _Found:
+    """The ids and ties gathered while the graph runs."""
+
+    ids: int = 0
+    pinned: list[Ids] = field(default_factory=list)
+    ties: list[Tie] = field(default_factory=list)
+    axes: dict[tuple[str, str, int], Axis] = field(default_factory=dict)
+    counts: dict[tuple[str, str], Count] = field(default_factory=dict)
+    products: list[Product] = field(default_factory=list)
+    norms: dict[str, str] = field(default_factory=dict)
+
+
+class _Labeller(fx.Interpreter):
+    """Runs a traced graph on the meta device, carrying channel ids beside the tensors."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.found = _Found()
+        self.channels: dict[fx.Node, Any] = {}  # Channels, or a tuple of them for chunk and split
+        self.meta = {
+            name: tensor.to("meta") for name, tensor in (*module.named_parameters(), *module.named_buffers())
+        }
+
+    # -- what the handlers below use -------------------------------------------------------------------------------
+
+    def fresh(self, count: int) -> Ids:
+        """Return `count` ids that nothing has yet."""
+        self.found.ids += count
+        return np.arange(self.found.ids - count, self.found.ids)
+
+    def tie(self, why: str, first: Ids, second: Ids) -> None:
+        """Let first[i] and second[i] share their fate."""
+        self.found.ties.append(Tie(self.node.name, why, first, second))
+
+    def pin(self, ids: Ids) -> None:
+        """Never remove these."""
+        self.found.pinned.append(ids)
+
+    def axis(self, module: str, tensor: str, dim: int, role: Role, ids: Ids) -> None:
+        """Say whose channels lie along a tensor's dimension; a second use of the same tensor ties the two."""
+        known = self.found.axes.setdefault((module, tensor, dim), Axis(module, tensor, dim, role, ids))
+        if known.units is not ids:
+            self.tie("shared weights", known.units, ids)
+
+    def count(self, module: str, attribute: str, ids: Ids, per: int = 1) -> None:
+        """Say that a module's attribute counts these channels."""
+        self.found.counts.setdefault((module, attribute), Count(module, attribute, ids, per))
+
+    def refuse(self, what: str) -> UntraceableError:
+        return UntraceableError(
+            f"cannot cut this network safely: {what} (at {self.node.name!r}). Leave that part out of the traced network, "
+            "or replace it by operations that work channel by channel."
+        )
+
+    def meta_of(self, node: fx.Node) -> Tensor:
+        """The node's value as the meta run computed it."""
+        value: Tensor = self.env[node]
+        return value
+
+    # -- running ----------------------------------------------------------------------------------------------------
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node on the meta device, then find its channels."""
+        self.node = n
+        try:
+            value = super().run_node(n)
+        except UntraceableError:
+            raise
+        except Exception as error:
+            raise ValueError(f"the network does not accept an input of the example's shape: {n.name!r}: {error}") from error
+        self.env[n] = value
+        self.channels[n] = self._channels_of(n, value)
+        return value
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Read a parameter as a meta tensor."""
+        return self.meta[target] if target in self.meta else super().get_attr(target, args, kwargs)
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Call a layer with meta parameters."""
+        module = self.fetch_attr(target)
+        tensors = dict((*module.named_parameters(), *module.named_buffers()))
+        meta = {name: self.meta.get(f"{target}.{name}", tensor) for name, tensor in tensors.items()}
+        return torch.func.functional_call(module, meta, args, kwargs)
+
+    def _channels_of(self, n: fx.Node, value: Any) -> Any:
+        if n.op == "placeholder":
+            ids = self.fresh(value.shape[1])
+            self.pin(ids)
+            return Channels(ids, 1)
+        if n.op == "get_attr":
+            return self._parameter(str(n.target), value)
+        if n.op == "output":
+            for source in n.all_input_nodes:
+                self._pin_all(source)
+            return None
+        if n.op == "call_module":
+            module = self.fetch_attr(str(n.target))
+            handler = next((h for kind, h in _MODULES.items() if isinstance(module, kind)), None)
+            if handler is None:
+                raise self.refuse(f"module {n.target!r} of type {type(module).__name__} is not known to prunelab")
+            return handler(self, n, module, value)
+        tensors = value if isinstance(value, tuple | list) else (value,)
+        carried = any(self.channels.get(source) is not None for source in n.all_input_nodes)
+        if not carried or not all(isinstance(tensor, Tensor) for tensor in tensors):
+            return None  # sizes, devices and other plain values
+        key = n.target if n.op == "call_function" else str(n.target)
+        function = _FUNCTIONS.get(key) or _FUNCTIONS.get(getattr(key, "__name__", ""))
+        if function is None:
+            raise self.refuse(f"operation {getattr(key, '__name__', key)!r} is not known to prunelab")
+        return function(self, n, value)
+
+    def _parameter(self, name: str, value: Any) -> Channels | None:
+        """A parameter used as it is, such as a layer scale: its one long dimension may follow the channels."""
+        if not isinstance(value, Tensor):
+            return None
+        long = [dim for dim, size in enumerate(value.shape) if size > 1]
+        if not long:
+            return None
+        module, _, tensor = name.rpartition(".")
+        known = self.found.axes.get((module, tensor, long[0]))
+        ids = known.units if known else self.fresh(value.shape[long[0]])
+        if len(long) > 1:
+            self.pin(ids)
+        else:
+            self.axis(module, tensor, long[0], "channel", ids)
+        return Channels(ids, long[0])
+
+    def _pin_all(self, node: fx.Node) -> None:
+        found = self.channels.get(node)
+        for channels in found if isinstance(found, tuple) else (found,):
+            if channels is not None:
+                self.pin(channels.ids)
+
+    # -- the result -------------------------------------------------------------------------------------------------
+
+    def coupling(self) -> Coupling:
+        """Merge tied ids to units, drop the pinned ones, and gather units with the same places into groups."""
+        found = self.found
+        first = np.concatenate([tie.first for tie in found.ties] or [self.fresh(0)])
+        second = np.concatenate([tie.second for tie in found.ties] or [self.fresh(0)])
+        links = coo_matrix((np.ones(len(first)), (first, second)), shape=(found.ids, found.ids))
+        count, unit_of = connected_components(links, directed=False)
+
+        axes = list(found.axes.values())
+        places = np.zeros((count, len(axes)), dtype=np.int64)  # how often a unit appears along an axis
+        for column, axis in enumerate(axes):
+            np.add.at(places[:, column], unit_of[axis.units], 1)
+        writers = [column for column, axis in enumerate(axes) if axis.role == "out"]
+        free = places[:, writers].any(axis=1)
+        free[unit_of[np.concatenate(found.pinned)]] = False
+
+        # A stable numbering: groups in the order in which their first channel is written, units in the order of their first id.
+        leader = np.full(count, found.ids)
+        np.minimum.at(leader, unit_of, np.arange(found.ids))
+        groups: dict[bytes, list[int]] = {}
+        for unit in np.argsort(leader):
+            if free[unit]:
+                groups.setdefault(places[unit].tobytes(), []).append(int(unit))
+
+        number = np.full(count + 1, -1)
+        number[np.concatenate([np.array(units) for units in groups.values()] or [np.array([], int)])] = np.arange(free.sum())
+        unit_number = number[unit_of]
+        names: list[str] = []
+        for units in groups.values():
+            writer = axes[next(column for column in writers if places[units[0], column])].module
+            repeats = sum(name.split("#")[0] == writer for name in names)
+            names.append(f"{writer}#{repeats + 1}" if repeats else writer)
+
+        def numbered(ids: Ids) -> Ids:
+            return np.asarray(unit_number[ids])
+
+        return Coupling(
+            names=tuple(names),
+            sizes=np.array([len(units) for units in groups.values()], dtype=np.int64),
+            axes=[Axis(a.module, a.tensor, a.dim, a.role, numbered(a.units)) for a in axes],
+            counts=[Count(c.module, c.attribute, numbered(c.units), c.per) for c in found.counts.values()],
+            products=[
+                Product(p.module, p.kind, p.macs, None if p.reads is None else numbered(p.reads), numbered(p.writes))
+                for p in found.products
+            ],
+            ties=[Tie(t.node, t.why, numbered(t.first), numbered(t.second)) for t in found.ties],
+            norms=found.norms,
+        )
+
+
+# -- modules: each handler returns the channels of the module's output --------------------------------------------------
+
+
+def _conv(run: _Labeller, n: fx.Node, conv: nn.Module, value: Tensor) -> Channels:
+    assert isinstance(conv, nn.Conv2d)
+    name, read = str(n.target), run.channels[n.args[0]].ids
+    known = run.found.axes.get((name, "weight", 0))
+    written = known.units if known else run.fresh(conv.out_channels)
+    positions = math.prod(value.shape[2:]) * math.prod(conv.kernel_size)
+    if conv.groups == 1:
+        run.axis(name, "weight", 1, "in", read)
+        run.count(name, "in_channels", read)
+        run.found.products.append(Product(name, "conv", positions, read, written))
+    else:
+        reads, writes = read.reshape(conv.groups, -1), written.reshape(conv.groups, -1)
+        together = np.concatenate([reads, writes], axis=1)
+        run.tie("grouped convolution", together[:, :-1].ravel(), together[:, 1:].ravel())
+        run.count(name, "in_channels", read)
+        run.count(name, "groups", written, per=writes.shape[1])
+        run.found.products.append(Product(name, "conv", positions * reads.shape[1], None, written))
+    run.axis(name, "weight", 0, "out", written)
+    run.count(name, "out_channels", written)
+    if conv.bias is not None:
+        run.axis(name, "bias", 0, "channel", written)
+    return Channels(written, 1)
+
+
+def _linear(run: _Labeller, n: fx.Node, linear: nn.Module, value: Tensor) -> Channels:
+    assert isinstance(linear, nn.Linear)
+    source = run.channels[n.args[0]]
+    if source.dim != value.dim() - 1:
+        raise run.refuse(f"linear layer {n.target!r} does not work along the channels")
+    name, read = str(n.target), source.ids
+    known = run.found.axes.get((name, "weight", 0))
+    written = known.units if known else run.fresh(linear.out_features)
+    run.axis(name, "weight", 1, "in", read)
+    run.axis(name, "weight", 0, "out", written)
+    run.count(name, "in_features", read)
+    run.count(name, "out_features", written)
+    if linear.bias is not None:
+        run.axis(name, "bias", 0, "channel", written)
+    run.found.products.append(Product(name, "linear", math.prod(value.shape[1:-1]), read, written))
+    return Channels(written, value.dim() - 1)
+
+
+def _batch_norm(run: _Labeller, n: fx.Node, norm: nn.Module, value: Tensor) -> Channels:
+    channels: Channels = run.channels[n.args[0]]
+    for tensor in ("weight", "bias", "running_mean", "running_var"):
+        if getattr(norm, tensor) is not None:
+            run.axis(str(n.target), tensor, 0, "channel", channels.ids)
+    run.count(str(n.target), "num_features", channels.ids)
+    source = n.args[0]
+    assert isinstance(source, fx.Node)
+    if source.op == "call_module" and len(source.users) == 1:
+        run.found.norms[str(source.target)] = str(n.target)
+    return channels
+
+
+def _across_channels(run: _Labeller, n: fx.Node, module: nn.Module, value: Tensor) -> Channels:
+    """A module whose output at one channel depends on the others: none of them can go."""
+    channels: Channels = run.channels[n.args[0]]
+    run.pin(channels.ids)
+    return channels
+
+
+def _same(run: _Labeller, n: fx.Node, module: nn.Module, value: Tensor) -> Channels:
+    channels: Channels = run.channels[n.args[0]]
+    return channels
+
+
+def _shape_module(run: _Labeller, n: fx.Node, module: nn.Module, value: Tensor) -> Any:
+    return _reshaped(run, n, module)
+
+
+def _zero_pad(run: _Labeller, n: fx.Node, pad: nn.Module, value: Tensor) -> Channels:
+    assert isinstance(pad, ZeroPadChannels)
+    before, after = run.fresh(pad.before), run.fresh(pad.after)
+    run.count(str(n.target), "before", before)
+    run.count(str(n.target), "after", after)
+    return Channels(np.concatenate([before, run.channels[n.args[0]].ids, after]), 1)
+
+
+_MODULES: dict[type[nn.Module], Callable[[_Labeller, fx.Node, nn.Module, Any], Any]] = {
+    nn.Conv2d: _conv,
+    nn.Linear: _linear,
+    nn.modules.batchnorm._BatchNorm: _batch_norm,
+    ZeroPadChannels: _zero_pad,
+    nn.Flatten: _shape_module,
+    nn.Unflatten: _shape_module,
+    **dict.fromkeys((nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.Softmax, nn.LogSoftmax), _across_channels),
+    **dict.fromkeys(
+        (
+            nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid,
+            nn.Tanh, nn.Softplus, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Dropout, nn.Dropout2d, nn.MaxPool2d,
+            nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.LPPool2d, nn.ZeroPad2d, nn.ReflectionPad2d,
+            nn.ReplicationPad2d, nn.Upsample,
+        ),
+        _same,
+    ),
+}  # fmt: skip
+
+
+# -- functions and methods ------------------------------------------------------------------------------------------------
+
+
+def _elementwise(run: _Labeller, n: fx.Node, value: Tensor) -> Channels | None:
+    """Channel i of the result comes from channel i of every operand, so they share their fate."""
+    operands = [(run.channels[a], run.meta_of(a)) for a in n.all_input_nodes if run.channels.get(a) is not None]
+    aligned = [(c.ids, c.dim - tensor.dim()) for c, tensor in operands]  # dimensions counted from the right, as in broadcasting
+    widest = max(aligned, key=lambda pair: len(pair[0]))
+    for ids, dim in aligned:
+        if dim == widest[1] and len(ids) == len(widest[0]):
+            if ids is not widest[0]:
+                run.tie(_name(n), widest[0], ids)
+        elif len(ids) == 1:
+            run.pin(ids)  # one map that gates or shifts all channels
+        else:
+            raise run.refuse(f"{_name(n)!r} mixes channels of different dimensions")
+    return Channels(widest[0], value.dim() + widest[1])
+
+
+def _concatenate(run: _Labeller, n: fx.Node, value: Tensor) -> Channels:
+    sources = [run.channels[a] for a in n.all_input_nodes]
+    arguments = (*n.args[1:], *n.kwargs.values())
+    dim = next((a for a in arguments if isinstance(a, int)), 0) % value.dim()
+    if dim == sources[0].dim:
+        order = n.args[0] if n.args else n.kwargs["tensors"]
+        return Channels(np.concatenate([run.channels[a].ids for a in order]), dim)  # type: ignore[union-attr]
+    return _elementwise(run, n, value) or sources[0]
+
+
+def _reduce(run: _Labeller, n: fx.Node, value: Tensor) -> Channels | None:
+    """A mean or maximum over dimensions: free over space, pinned over channels."""
+    source, before = run.channels[n.args[0]], run.meta_of(n.args[0])  # type: ignore[arg-type]
+    given = n.kwargs.get("dim", n.args[1] if len(n.args) > 1 else None)
+    dims = range(before.dim()) if given is None else (given,) if isinstance(given, int) else tuple(given)  # type: ignore[arg-type]
+    dims = {dim % before.dim() for dim in dims}
+    if source.dim in dims:
+        run.pin(source.ids)
+        return None
+    gone = 0 if value.dim() == before.dim() else sum(dim < source.dim for dim in dims)
+    return Channels(source.ids, source.dim - gone)
+
+
+def _pin_source(run: _Labeller, n: fx.Node, value: Tensor) -> Channels:
+    channels: Channels = run.channels[n.args[0]]
+    run.pin(channels.ids)
+    return channels
+
+
+def _pass(run: _Labeller, n: fx.Node, value: Tensor) -> Channels:
+    channels: Channels = run.channels[n.args[0]]
+    return channels
+
+
+def _shape_function(run: _Labeller, n: fx.Node, value: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if n.op == "call_method":
+            method = "reshape" if n.target == "view" else str(n.target)  # the ids' strides are not the tensor's
+            return getattr(args[0], method)(*args[1:], **kwargs)
+        return n.target(*args, **kwargs)  # type: ignore[operator]
+
+    return _reshaped(run, n, call)
+
+
+def _reshaped(run: _Labeller, n: fx.Node, call: Callable[..., Any]) -> Any:
+    """Do to the ids what the operation does to the tensor, and read off where they ended up."""
+    source = n.args[0]
+    assert isinstance(source, fx.Node)
+    if isinstance(run.channels[source], tuple):  # picking one part of a split
+        return run.channels[source][n.args[1]]
+
+    def ids_or_value(node: fx.Node) -> Any:
+        known = run.channels.get(node)
+        return run.env[node] if known is None else known.spread(run.meta_of(node).shape)
+
+    result = call(*fx.node.map_arg(n.args, ids_or_value), **fx.node.map_arg(n.kwargs, ids_or_value))
+    if isinstance(result, tuple | list):
+        parts = tuple(_read_off(run, part) for part in result)
+        for part in parts[1:]:
+            if len(part.ids) != len(parts[0].ids):
+                run.pin(np.concatenate([p.ids for p in parts]))
+                break
+            run.tie("channel split", parts[0].ids, part.ids)
+        return parts
+    channels = _read_off(run, result)
+    if n.target is operator.getitem and len(channels.ids) != len(run.channels[source].ids):
+        run.pin(run.channels[source].ids)  # a slice with fixed bounds
+    return channels
+
+
+def _read_off(run: _Labeller, ids: Tensor) -> Channels:
+    """Find the dimension along which the ids change; two of them mean that channels were split into sections."""
+    changing = [
+        dim
+        for dim in range(1, ids.dim())
+        if ids.shape[dim] > 1 and ids.stride(dim) and bool((ids.narrow(dim, 0, 1) != ids).any())
+    ]
+    while len(changing) > 1:
+        dim = changing.pop(0)
+        first = ids.narrow(dim, 0, 1).expand_as(ids)
+        run.tie("channel sections", first.numpy().ravel(), ids.numpy().ravel())
+        ids = first
+    dim = changing[0] if changing else min(1, ids.dim() - 1)
+    index: list[Any] = [0] * ids.dim()
+    index[dim] = slice(None)
+    return Channels(ids[tuple(index)].numpy().copy(), dim)
+
+
+def _name(n: fx.Node) -> str:
+    return getattr(n.target, "__name__", str(n.target))
+
+
+# Functions are looked up by identity, then by name; methods by name. In-place names are listed where torchvision uses them.
+_FUNCTIONS: dict[Any, Callable[[_Labeller, fx.Node, Any], Any]] = {
+    **dict.fromkeys(
+        (
+            "add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "iadd", "isub", "imul", "truediv", "neg", "abs", "exp",
+            "sqrt", "square", "pow", "clamp", "relu", "relu_", "relu6", "leaky_relu", "elu", "gelu", "silu", "mish", "sigmoid",
+            "tanh", "softplus", "hardswish", "hardsigmoid", "hardtanh", "dropout", "dropout2d", "stochastic_depth", "maximum",
+            "minimum", "clone", "contiguous", "float", "double", "to", "type_as", "detach",
+        ),
+        _elementwise,
+    ),
+    **dict.fromkeys(("cat", "concat"), _concatenate),
+    **dict.fromkeys(("mean", "sum", "amax", "amin"), _reduce),
+    **dict.fromkeys(
+        (
+            "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "boolean_dispatch", "interpolate",
+        ),
+        _pass,
+    ),
+    F.max_pool2d: _pass,
+    F.adaptive_max_pool2d: _pass,
+    **dict.fromkeys(("layer_norm", "group_norm", "softmax", "log_softmax", "normalize", "local_response_norm"), _pin_source),
+    **dict.fromkeys(
+        (
+            "flatten", "view", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "chunk", "split", "getitem",
+            "unflatten", "movedim", "expand",
+        ),
+        _shape_function,
+    ),
+}  # fmt: skip

@@ -1,0 +1,70 @@
+"""What to keep of a network, as plain data."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+
+from prunelab._files import write_atomically
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The units that stay: what every method produces, and all that is needed to cut the same network again.
+
+    Attributes:
+        space: what the units are, "channels" or "columns".
+        sizes: units per group before the cut.
+        keep: sorted indices of the units that stay, at least one per group, in [0, size).
+    """
+
+    space: str
+    sizes: Mapping[str, int]
+    keep: Mapping[str, tuple[int, ...]]
+
+    def __post_init__(self) -> None:
+        if set(self.sizes) != set(self.keep):
+            odd = sorted(set(self.sizes) ^ set(self.keep))
+            raise ValueError(f"a plan keeps units of every group it has a size for: {odd} appear on one side only")
+        for name, size in self.sizes.items():
+            kept = self.keep[name]
+            if not kept or list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= size:
+                raise ValueError(
+                    f"plan, group {name!r}: kept indices must be sorted, distinct, at least one, in [0, {size}); got {kept}"
+                )
+        object.__setattr__(self, "sizes", MappingProxyType(dict(self.sizes)))
+        object.__setattr__(self, "keep", MappingProxyType(dict(self.keep)))
+
+    @cached_property
+    def widths(self) -> dict[str, int]:
+        """Units kept per group."""
+        return {name: len(kept) for name, kept in self.keep.items()}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON, whole or not at all."""
+        content = {"space": self.space, "sizes": dict(self.sizes), "keep": {k: list(v) for k, v in self.keep.items()}}
+        write_atomically(path, json.dumps(content, indent=1).encode())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a saved plan.
+
+        Raises:
+            ValueError: the file is not a plan; it is named, with what is wrong.
+        """
+        try:
+            content = json.loads(Path(path).read_text())
+            keep = {str(name): tuple(int(i) for i in kept) for name, kept in content["keep"].items()}
+            return cls(str(content["space"]), {str(k): int(v) for k, v in content["sizes"].items()}, keep)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path} is not a saved plan: {type(error).__name__}: {error}") from error
+
+    def __repr__(self) -> str:
+        """Show the widths, not the indices."""
+        widths = ", ".join(f"{name}: {len(kept)}/{self.sizes[name]}" for name, kept in self.keep.items())
+        return f"Plan({self.space}; {widths})"

@@ -1,0 +1,327 @@
+"""Training, evaluation and batch-norm recalibration: one loop, which pruning methods join through one hook."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .data import Data
+
+Schedule = Literal["one-cycle", "step", "constant"]
+
+WARM_UP = 0.25  # fraction of a one-cycle run in which the learning rate rises
+GPU_CHECK_STEPS = 50  # reading a loss makes a GPU wait, so there it is read only this often
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: SGD on the cross entropy for `epochs` passes over the training images.
+
+    epochs: passes, >= 0, may be fractional; 0 trains nothing.
+    lr: peak learning rate, > 0.
+    schedule: see `learning_rate`.
+    batch_size: images per step, >= 1; the last partial batch of a pass is dropped.
+    momentum: in [0, 1); `nesterov` needs it above 0.
+    weight_decay: >= 0, on every parameter.
+    milestones: increasing fractions of the run in (0, 1), where the "step" schedule divides the learning rate by 10.
+
+    Raises ValueError naming the field, its value and the legal range.
+    """
+
+    epochs: float
+    lr: float
+    schedule: Schedule = "one-cycle"
+    batch_size: int = 128
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 5e-4
+    milestones: tuple[float, ...] = (0.5, 0.75)
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        edges = (0.0, *self.milestones, 1.0)
+        increasing = all(low < high for low, high in itertools.pairwise(edges))
+        for field, legal, valid in (
+            ("epochs", "a finite number >= 0", 0 <= self.epochs < math.inf),
+            ("lr", "a finite number > 0", 0 < self.lr < math.inf),
+            ("schedule", f"one of {', '.join(get_args(Schedule))}", self.schedule in get_args(Schedule)),
+            ("batch_size", "an integer >= 1", isinstance(self.batch_size, int) and self.batch_size >= 1),
+            ("momentum", "in [0, 1)", 0 <= self.momentum < 1),
+            ("nesterov", "False when momentum is 0", not (self.nesterov and self.momentum == 0)),
+            ("weight_decay", "a finite number >= 0", 0 <= self.weight_decay < math.inf),
+            ("milestones", "increasing fractions between 0 and 1", increasing),
+        ):
+            if not valid:
+                raise ValueError(f"recipe: {field} is {getattr(self, field)!r}; it must be {legal}")
+
+
+def learning_rate(recipe: Recipe, progress: float) -> float:
+    """Return the learning rate when the fraction `progress`, in [0, 1], of the run is done.
+
+    one-cycle: rises linearly from 0 to lr over the first quarter, then falls linearly to 0.
+    step: lr, divided by 10 from each milestone on.
+    constant: lr.
+
+    Raises ValueError for a progress outside [0, 1].
+    """
+    if not 0 <= progress <= 1:
+        raise ValueError(f"progress is {progress}; it must be in [0, 1]")
+    if recipe.schedule == "one-cycle":
+        return recipe.lr * min(progress / WARM_UP, (1 - progress) / (1 - WARM_UP))
+    if recipe.schedule == "step":
+        return recipe.lr / 10 ** sum(progress >= milestone for milestone in recipe.milestones)
+    return recipe.lr
+
+
+@dataclass
+class State:
+    """What a hook sees of a run: `step` counts from 0 to `steps` - 1; setting `stop` ends the run after this step."""
+
+    net: nn.Module
+    optimizer: torch.optim.Optimizer
+    step: int
+    steps: int
+    steps_per_epoch: int
+    stop: bool = False
+
+
+class Hook:
+    """How a pruning method takes part in training: override the moments it needs, each of which does nothing here.
+
+    A step is: before_step, forward pass, on_loss, backward pass, after_gradients, optimiser update, after_step.
+    """
+
+    def start(self, state: State) -> None:
+        """Run once, before the first step, with the net on its device and in training mode."""
+
+    def before_step(self, state: State) -> None:
+        """Run before the forward pass, with the step's learning rate already set on the optimiser."""
+
+    def on_loss(self, state: State, loss: Tensor) -> Tensor:
+        """Return the loss to differentiate, given the mean cross entropy of the batch (a scalar)."""
+        return loss
+
+    def after_gradients(self, state: State) -> None:
+        """Run after the backward pass, with this step's gradient in every parameter's `grad`."""
+
+    def after_step(self, state: State) -> None:
+        """Run after the optimiser has updated the parameters."""
+
+
+@dataclass(frozen=True)
+class History:
+    """What a run did.
+
+    loss: mean over each pass of the loss that was differentiated; the last pass may be a partial one.
+    steps: updates made.
+    epochs: passes made, steps / steps per epoch.
+    seconds: wall-clock time.
+    """
+
+    loss: tuple[float, ...]
+    steps: int
+    epochs: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a pruning method is given to work with; `recipe.epochs` is all the effort that follows the dense net."""
+
+    data: Data
+    recipe: Recipe
+    seed: int
+    progress: bool = True
+
+
+def fit(
+    net: nn.Module,
+    data: Data,
+    recipe: Recipe,
+    *,
+    seed: int,
+    hook: Hook | None = None,
+    progress: bool = True,
+    label: str = "train",
+) -> History:
+    """Train `net` in place for max(1, round(epochs * steps per epoch)) steps; with 0 epochs return at once.
+
+    The net moves to the data's device and is left in eval mode, without gradients. On a GPU the forward pass runs in
+    bfloat16 where autocast allows it. `seed` alone decides the batches; it also seeds PyTorch's global generator for
+    the length of the run (dropout, random hooks), after which the caller's generator state is restored. On one CPU with
+    one number of threads, a run is reproduced bit for bit; on a GPU, as far as the layers have deterministic kernels.
+
+    Raises ValueError for a batch larger than the training split or too few outputs for the classes, and
+    FloatingPointError, naming the step and the recipe, for a loss that is not finite.
+    """
+    available = len(data.train.labels)
+    if recipe.batch_size > available:
+        raise ValueError(f"recipe: batch_size is {recipe.batch_size}; {data.name} has {available} training images")
+    if recipe.epochs == 0:
+        return History(loss=(), steps=0, epochs=0.0, seconds=0.0)
+
+    steps_per_epoch = available // recipe.batch_size
+    steps = max(1, round(recipe.epochs * steps_per_epoch))
+    began = time.perf_counter()
+    hook = hook or Hook()
+    _place(net, data).train()
+    optimizer = torch.optim.SGD(
+        net.parameters(),
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        nesterov=recipe.nesterov,
+        weight_decay=recipe.weight_decay,
+    )
+    state = State(net, optimizer, step=0, steps=steps, steps_per_epoch=steps_per_epoch)
+    losses = torch.zeros(steps, device=data.device)
+    batches = _training_batches(data, recipe.batch_size, seed)
+    check_steps = GPU_CHECK_STEPS if data.device.type == "cuda" else 1
+
+    with _deterministic(seed, data.device), tqdm(total=steps, desc=label, leave=False, disable=not progress) as bar:
+        hook.start(state)
+        for step, (images, labels) in zip(range(steps), batches, strict=False):
+            state.step = step
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(recipe, (step + 0.5) / steps)  # mid-step: neither end wastes a step on 0
+            hook.before_step(state)
+            loss = hook.on_loss(state, F.cross_entropy(_logits(net, images, data), labels))
+            losses[step] = loss.detach()
+            if (step + 1) % check_steps == 0 or step + 1 == steps:
+                _check_finite(losses[: step + 1], check_steps, recipe)
+                epoch_loss = losses[step - step % steps_per_epoch : step + 1].mean()
+                bar.set_postfix_str(f"loss {epoch_loss:.3f}", refresh=False)
+            optimizer.zero_grad()
+            loss.backward()
+            hook.after_gradients(state)
+            optimizer.step()
+            hook.after_step(state)
+            bar.update()
+            if state.stop:
+                break
+    optimizer.zero_grad()
+    net.eval()
+
+    made = state.step + 1
+    _check_finite(losses[:made], check_steps, recipe)
+    return History(
+        loss=tuple(float(epoch.mean()) for epoch in losses[:made].split(steps_per_epoch)),
+        steps=made,
+        epochs=made / steps_per_epoch,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def evaluate(
+    net: nn.Module, data: Data, split: Literal["train", "val", "test"] = "val", batch_size: int = 1024
+) -> float:
+    """Return the accuracy on a split, in percent: 100 x right answers / images.
+
+    The net moves to the data's device; the training mode of every module is kept.
+    """
+    with _modes_kept(net), torch.inference_mode():
+        _place(net, data).eval()
+        right = torch.zeros((), dtype=torch.int64, device=data.device)
+        for images, labels in data.batches(split, batch_size):
+            right += (_logits(net, images, data).argmax(dim=1) == labels).sum()
+    return 100 * right.item() / len(getattr(data, split).labels)
+
+
+def recalibrate(net: nn.Module, data: Data, batches: int = 20, batch_size: int = 256, seed: int = 0) -> None:
+    """Re-estimate the statistics of every BatchNorm1d and BatchNorm2d as plain means over `batches` training batches.
+
+    Removing channels changes what the next layers see, and the running statistics no longer fit. The images are drawn
+    and augmented as in training, because those are the images the running statistics of an unpruned net describe.
+    Batch norm alone is in training mode (dropout is off); weights, momentum and modes stay as they are. A net without
+    batch norm is left untouched. `batch_size` is at most the number of training images; `batches` >= 1.
+    """
+    for name, value in (("batches", batches), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) and m.track_running_stats]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    source = _training_batches(data, min(batch_size, len(data.train.labels)), seed)
+    with _modes_kept(net), torch.no_grad():
+        _place(net, data).eval()
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # a cumulative average
+                norm.train()
+            for _, (images, _labels) in zip(range(batches), source, strict=False):
+                _logits(net, images, data)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+
+
+def _training_batches(data: Data, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield training batches for ever, shuffled anew for each pass by a generator of their own.
+
+    Their own, so that a hook or a layer that draws random numbers does not change which images the net sees.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from data.batches("train", batch_size, generator)
+
+
+def _place(net: nn.Module, data: Data) -> nn.Module:
+    """Move the net to the data's device, 4-D parameters in the layout the images have."""
+    return net.to(data.device).to(memory_format=torch.channels_last)
+
+
+def _logits(net: nn.Module, images: Tensor, data: Data) -> Tensor:
+    """Run the net, in mixed precision on a GPU."""
+    with torch.autocast(data.device.type, dtype=torch.bfloat16, enabled=data.device.type == "cuda"):
+        logits = net(images)
+    if logits.shape != (len(images), len(data.classes)):
+        wanted = [len(images), len(data.classes)]
+        raise ValueError(f"the net returns a tensor of shape {list(logits.shape)}; {data.name} needs {wanted}")
+    return logits
+
+
+def _check_finite(losses: Tensor, recent: int, recipe: Recipe) -> None:
+    """Raise FloatingPointError, naming the step, if one of the last `recent` losses is not finite."""
+    bad = (~losses[-recent:].isfinite()).nonzero()
+    if len(bad):
+        step = max(len(losses) - recent, 0) + int(bad[0])
+        raise FloatingPointError(f"the loss is {losses[step].item()} at step {step} (counted from 0) of {recipe}")
+
+
+@contextmanager
+def _deterministic(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed the global generators and choose deterministic convolutions; give the caller's state back at the end."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        cudnn.deterministic, cudnn.benchmark = True, False
+        try:
+            yield
+        finally:
+            cudnn.deterministic, cudnn.benchmark = before
+
+
+@contextmanager
+def _modes_kept(net: nn.Module) -> Iterator[None]:
+    """Give every module its own training mode back at the end."""
+    modes = [(module, module.training) for module in net.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from prunelab import cost, models
+from prunelab.layers import ColumnConv2d
+
+# ------------------------------------------------------------------------------------------------------------------ MACs
+
+
+@pytest.mark.parametrize(
+    ("conv", "expected"),
+    [
+        (nn.Conv2d(3, 5, 3), 5 * 8 * 6 * 3 * 9),
+        (nn.Conv2d(3, 5, 3, padding=1), 5 * 10 * 8 * 3 * 9),
+        (nn.Conv2d(3, 5, 3, stride=2), 5 * 4 * 3 * 3 * 9),
+        (nn.Conv2d(3, 5, 3, dilation=2), 5 * 6 * 4 * 3 * 9),
+        (nn.Conv2d(3, 5, (1, 5), stride=(3, 1), padding=(0, 2)), 5 * 4 * 8 * 3 * 5),
+        (nn.Conv2d(3, 6, 3, groups=3), 6 * 8 * 6 * 9),
+    ],
+)
+def test_convolution_in_closed_form(conv: nn.Conv2d, expected: int) -> None:
+    assert cost.macs(conv, torch.zeros(1, 3, 10, 8)) == expected
+
+
+def test_linear_counts_every_position() -> None:
+    assert cost.macs(nn.Linear(7, 4), torch.zeros(2, 7)) == 28
+    assert cost.macs(nn.Linear(7, 4), torch.zeros(2, 5, 7)) == 5 * 28
+
+
+def test_column_convolution_counts_the_columns_it_keeps() -> None:
+    conv = nn.Conv2d(3, 5, 3, stride=2, padding=1)
+    columns = ColumnConv2d(conv, torch.tensor([0, 4, 13, 26]))
+    example = torch.zeros(2, 3, 10, 8)
+    assert cost.macs(columns, example) == cost.macs(columns, example, "conv") == 5 * 5 * 4 * 4
+    assert cost.macs(conv, example) == 5 * 5 * 4 * 27
+
+
+def test_scope_conv_leaves_linear_layers_out() -> None:
+    net = models.build("model-c")
+    example = torch.zeros(1, 3, 32, 32)
+    assert cost.macs(net, example) - cost.macs(net, example, "conv") == 512 * 256 + 256 * 10
+
+
+def test_layer_called_twice_counts_twice() -> None:
+    conv = nn.Conv2d(2, 2, 1)
+    net = nn.Sequential(conv, conv)
+    assert cost.macs(net, torch.zeros(1, 2, 3, 3)) == 2 * 36
+    assert cost.breakdown(net, torch.zeros(1, 2, 3, 3))["macs"].tolist() == [72]
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_batch_is_divided_out(batch: int) -> None:
+    assert cost.macs(models.build("resnet20"), torch.zeros(batch, 3, 32, 32)) == 40_551_040
+
+
+def flops(net: nn.Module, example: Tensor) -> int:
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        net.eval()(example)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", models.NAMES)
+def test_twice_the_macs_are_pytorchs_flops(name: str) -> None:
+    net, example = models.build(name), torch.zeros(1, 3, 32, 32)
+    assert 2 * cost.macs(net, example) == flops(net, example)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "alexnet", "densenet121", "efficientnet_b0", "googlenet", "inception_v3", "mnasnet0_5", "mobilenet_v2",
+        "mobilenet_v3_small", "regnet_y_400mf", "resnet18", "resnet50", "resnext50_32x4d", "shufflenet_v2_x0_5",
+        "squeezenet1_1", "torchvision/vgg11", "convnext_tiny",
+    ],
+)  # fmt: skip
+def test_twice_the_macs_are_pytorchs_flops_on_torchvision(name: str) -> None:
+    shape = (3, 96, 96)
+    with torch.device("meta"):  # no weights: drawing them takes longer than all the counting
+        net, example = models.build(name, shape=shape), torch.zeros(1, *shape)
+    assert 2 * cost.macs(net, example) == flops(net, example)
+
+
+def test_counting_leaves_the_network_alone() -> None:
+    net = models.build("resnet20", seed=0)
+    net.stage2.eval()  # as when some batch-norm layers are frozen
+    modes = [module.training for module in net.modules()]
+    tensors = list(net.state_dict(keep_vars=True).values())
+    values = [tensor.detach().clone() for tensor in tensors]
+
+    cost.macs(net, torch.zeros(2, 3, 32, 32))
+    cost.breakdown(net, torch.zeros(2, 3, 32, 32))
+    cost.latency(net, torch.zeros(2, 3, 32, 32), repeats=1, warmup=0)
+
+    assert [module.training for module in net.modules()] == modes
+    assert all(a is b for a, b in zip(net.state_dict(keep_vars=True).values(), tensors, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(tensors, values, strict=True))
+    assert not any(module._forward_hooks for module in net.modules())
+
+
+def test_failed_count_leaves_the_network_alone() -> None:
+    net = models.build("convnet")
+    with pytest.raises(ValueError, match=r"takes no input of shape \(1, 4, 32, 32\)"):
+        cost.macs(net, torch.zeros(1, 4, 32, 32))
+    assert net.training
+    assert not any(module._forward_hooks for module in net.modules())
+    assert net.conv1.weight.device.type == "cpu"
+
+
+# -------------------------------------------------------------------------------------------------- parameters and bytes
+
+
+def test_parameters_and_bytes_of_a_small_net() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    assert cost.parameters(net) == 4 * 27 + 4 + 2 * 4
+    # Two running statistics of four floats and one 64-bit batch counter are stored besides the parameters.
+    assert cost.size_bytes(net) == 4 * cost.parameters(net) + 2 * 4 * 4 + 8
+    assert cost.size_bytes(net.to(torch.bfloat16)) == 2 * cost.parameters(net) + 2 * 4 * 2 + 8
+
+
+def test_columns_cost_their_indices() -> None:
+    columns = ColumnConv2d(nn.Conv2d(3, 5, 3, bias=False), torch.tensor([0, 4, 13, 26]))
+    assert cost.parameters(columns) == 5 * 4
+    assert cost.size_bytes(columns) == 5 * 4 * 4 + 4 * 8
+
+
+def test_shared_parameter_counts_once() -> None:
+    first, second = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+    second.weight = first.weight
+    assert cost.parameters(nn.Sequential(first, second)) == 9
+
+
+def test_breakdown_of_a_small_net() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+    table = cost.breakdown(net, torch.zeros(5, 3, 4, 4))
+    assert table.to_dict("list") == {
+        "name": ["0", "1", "4"],
+        "kind": ["Conv2d", "BatchNorm2d", "Linear"],
+        "output": [(4, 2, 2), (4, 2, 2), (2,)],
+        "macs": [4 * 4 * 27, 0, 32],
+        "parameters": [4 * 28, 8, 34],
+    }
+
+
+@pytest.mark.parametrize("name", models.NAMES)
+def test_breakdown_adds_up(name: str) -> None:
+    net, example = models.build(name, width=0.25), torch.zeros(1, 3, 32, 32)
+    table = cost.breakdown(net, example)
+    assert table["macs"].sum() == cost.macs(net, example)
+    assert table["parameters"].sum() == cost.parameters(net)
+
+
+# --------------------------------------------------------------------------------------------------------------- latency
+
+
+class Probe(nn.Module):
+    """Notes the state of every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[bool, bool, int]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.append((self.training, torch.is_inference_mode_enabled(), torch.get_num_threads()))
+        return x
+
+
+def test_latency_evaluates_after_a_warm_up_with_its_threads() -> None:
+    probe, threads = Probe(), torch.get_num_threads()
+    result = cost.latency(probe, torch.zeros(7, 1), repeats=3, warmup=2, threads=threads + 1)
+    assert probe.calls == [(False, True, threads + 1)] * 5
+    assert (result.batch, result.threads, result.device) == (7, threads + 1, "cpu")
+    assert probe.training
+    assert torch.get_num_threads() == threads
+
+
+def test_latency_gives_the_median_and_quartiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0, 4, 10, 11, 20, 25, 30, 32, 40, 43])  # passes of 4, 1, 5, 2 and 3 seconds
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: next(clock))
+    result = cost.latency(Probe(), torch.zeros(1, 1), repeats=5, warmup=1)
+    assert (result.low, result.median, result.high) == (2, 3, 4)
+
+
+def test_latency_restores_everything_when_the_network_fails() -> None:
+    threads, net = torch.get_num_threads(), nn.Linear(3, 3)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        cost.latency(net, torch.zeros(1, 4), threads=threads + 1)
+    assert net.training
+    assert torch.get_num_threads() == threads
+
+
+# ------------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda net, x: cost.macs(net, x, "linear"), "unknown scope 'linear': choose one of all, conv"),
+        (lambda net, x: cost.macs(net, x[:0]), r"at least one image, got shape \(0, 3\)"),
+        (lambda net, x: cost.breakdown(net, x[0, 0]), r"at least one image, got shape \(\)"),
+        (lambda net, x: cost.latency(net, x, repeats=0), "repeats must be at least 1, got 0"),
+        (lambda net, x: cost.latency(net, x, warmup=-1), "warmup must be at least 0, got -1"),
+        (lambda net, x: cost.latency(net, x, threads=0), "threads must be at least 1, got 0"),
+    ],
+)
+def test_bad_input_is_named(call: Callable[[nn.Module, Tensor], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(nn.Linear(3, 3), torch.zeros(2, 3))
