@@ -1,7 +1,7 @@
 """What a network costs: multiply-adds, parameters and bytes, and its measured time.
 
-One multiply-add is one MAC. Counted are `Conv2d`, `Linear` and `ColumnConv2d` modules; batch norm, activations, pools
-and biases are not. Counting runs on PyTorch's meta device, which does shapes and no arithmetic.
+One multiply-add is one MAC. Counted are calls of `Conv2d`, `Linear` and `ColumnConv2d`; batch norm, activations, pools,
+biases and the products inside attention are not. Counting runs on PyTorch's meta device: shapes, no arithmetic.
 """
 
 from __future__ import annotations
@@ -70,8 +70,9 @@ def size_bytes(net: nn.Module) -> int:
 def breakdown(net: nn.Module, example: Tensor) -> pd.DataFrame:
     """List the layers that hold parameters, in the order of the network's modules.
 
-    Columns: name, kind (class name), output (shape without the batch, of the last call), macs (one image, all calls)
-    and parameters. The sums are `macs(net, example)` and, unless layers share a tensor, `parameters(net)`.
+    Columns: name, kind (class name), output (shape of the last call without the batch; None if no call returned a
+    tensor), macs (one image, all calls) and parameters. The sums are `macs(net, example)` and, unless layers share a
+    tensor, `parameters(net)`.
 
     Raises:
         ValueError: empty batch, or an example the network does not take.
@@ -130,11 +131,12 @@ def _calls(net: nn.Module, example: Tensor) -> list[_Call]:
         raise ValueError(f"the example must hold at least one image, got shape {tuple(example.shape)}")
     calls: list[_Call] = []
 
-    def note(layer: nn.Module, args: object, output: Tensor) -> None:
-        macs = 0
-        if isinstance(layer, _COUNTED):
-            macs = output.numel() // len(example) * layer.weight[0].numel()  # weight[0]: what one output value adds up
-        calls.append(_Call(layer, tuple(output.shape[1:]), macs))
+    def note(layer: nn.Module, args: object, output: object) -> None:
+        if not isinstance(output, Tensor):
+            return
+        # Each output value sums over one row of the weight: a filter's channels and kernel, its columns, or the inputs.
+        terms = layer.weight[0].numel() if isinstance(layer, _COUNTED) else 0
+        calls.append(_Call(layer, tuple(output.shape[1:]), output.numel() // len(example) * terms))
 
     meta = {name: tensor.to("meta") for name, tensor in chain(net.named_parameters(), net.named_buffers())}
     with ExitStack() as stack:
@@ -151,7 +153,7 @@ def _calls(net: nn.Module, example: Tensor) -> list[_Call]:
 
 
 class _ShapesOnly(TorchFunctionMode):
-    """Let batch norm and ReLU return their input: the shape is the same, and their meta kernels take most of the time."""
+    """Let batch norm and ReLU return their input: it has the right shape, and their meta kernels are the slow ones."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -161,7 +161,7 @@ def fit(
     the length of the run (dropout, random hooks), after which the caller's generator state is restored. On one CPU with
     one number of threads, a run is reproduced bit for bit; on a GPU, as far as the layers have deterministic kernels.
 
-    Raises ValueError for a batch larger than the training split or too few outputs for the classes, and
+    Raises ValueError for a batch larger than the training split or a net whose output does not match the classes, and
     FloatingPointError, naming the step and the recipe, for a loss that is not finite.
     """
     available = len(data.train.labels)
@@ -196,7 +196,7 @@ def fit(
             hook.before_step(state)
             loss = hook.on_loss(state, F.cross_entropy(_logits(net, images, data), labels))
             losses[step] = loss.detach()
-            if (step + 1) % check_steps == 0 or step + 1 == steps:
+            if (step + 1) % check_steps == 0:
                 _check_finite(losses[: step + 1], check_steps, recipe)
                 epoch_loss = losses[step - step % steps_per_epoch : step + 1].mean()
                 bar.set_postfix_str(f"loss {epoch_loss:.3f}", refresh=False)
@@ -228,8 +228,9 @@ def evaluate(
 
     The net moves to the data's device; the training mode of every module is kept.
     """
+    _place(net, data)  # outside inference mode, whose tensors could not be trained afterwards
     with _modes_kept(net), torch.inference_mode():
-        _place(net, data).eval()
+        net.eval()
         right = torch.zeros((), dtype=torch.int64, device=data.device)
         for images, labels in data.batches(split, batch_size):
             right += (_logits(net, images, data).argmax(dim=1) == labels).sum()

@@ -66,9 +66,10 @@ def pack(folder: Path, suffix: str) -> Path:
     else:
         with tarfile.open(archive, "w") as file:
             file.add(folder, folder.name)
-        if suffix != ".tar":
-            compress = {".tar.gz": gzip.compress, ".tar.xz": lzma.compress}[suffix]
-            archive.write_bytes(compress(archive.read_bytes()))
+        if suffix == ".tar.gz":
+            archive.write_bytes(gzip.compress(archive.read_bytes()))
+        elif suffix == ".tar.xz":
+            archive.write_bytes(lzma.compress(archive.read_bytes()))
     return archive
 
 

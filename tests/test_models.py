@@ -102,7 +102,7 @@ def test_preactivation_resnet_has_164_layers() -> None:
     assert 3 * len(blocks) + 2 == 164
 
 
-# ------------------------------------------------------------------------------------------------------------ option A
+# Option A
 
 
 @pytest.mark.parametrize(("inputs", "outputs", "before"), [(16, 32, 8), (3, 6, 1), (20, 39, 9), (7, 7, 0)])
@@ -132,14 +132,15 @@ def test_gradients_cross_a_stage_through_the_shortcut() -> None:
     assert torch.equal(x.grad, expected.expand(1, 16, 4, 4))
 
 
-# ------------------------------------------------------------------------------------------------------ shapes, tracing
+# Shapes and tracing
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 1, 1), (2, 13, 6), (3, 64, 48)])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 1, 1), (2, 67, 45)])
 @pytest.mark.parametrize("name", models.NAMES)
 def test_every_network_takes_every_image_size(name: str, shape: tuple[int, int, int]) -> None:
-    net = models.build(name, classes=7, shape=shape, width=0.25)
-    assert net(torch.randn(2, *shape)).shape == (2, 7)
+    with torch.device("meta"):
+        net, images = models.build(name, classes=7, shape=shape).eval(), torch.zeros(2, *shape)
+    assert net(images).shape == (2, 7)
 
 
 def test_vgg16_on_8x8_digits_keeps_the_pools_that_fit() -> None:
@@ -163,12 +164,12 @@ def test_width_scales_every_layer_but_image_and_classes() -> None:
 
 @pytest.mark.parametrize("name", models.NAMES)
 def test_torch_fx_traces_every_network(name: str) -> None:
-    net = models.build(name, seed=0, width=0.25).eval()
-    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    net = models.build(name, shape=(3, 8, 8), seed=0, width=0.25).eval().double()
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)).double()
     assert torch.equal(torch.fx.symbolic_trace(net)(x), net(x))
 
 
-# ---------------------------------------------------------------------------------------------------------- random state
+# Random state
 
 
 @pytest.mark.parametrize("name", ["resnet20", "vgg16", "squeezenet1_1"])
@@ -199,23 +200,25 @@ def test_convolutions_start_as_he_et_al() -> None:
     assert not models.build("convnet", seed=0).conv1.bias.any()
 
 
-# ----------------------------------------------------------------------------------------------------------- torchvision
+# torchvision
 
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
 def test_auxiliary_heads_are_left_out(name: str) -> None:
-    net = models.build(name, classes=5, shape=(3, 96, 96), seed=0)
-    assert net(torch.zeros(2, 3, 96, 96)).shape == (2, 5)
+    with torch.device("meta"):
+        net, images = models.build(name, classes=5, shape=(3, 96, 96)), torch.zeros(2, 3, 96, 96)
+    assert net(images).shape == (2, 5)
 
 
 def test_names_shared_with_torchvision() -> None:
-    theirs = models.build("torchvision/vgg11", classes=3)
+    with torch.device("meta"):
+        theirs = models.build("torchvision/vgg11", classes=3)
     assert isinstance(theirs, torchvision.models.VGG)
     assert theirs.classifier[-1].out_features == 3
     assert not isinstance(models.build("vgg11"), torchvision.models.VGG)
 
 
-# ------------------------------------------------------------------------------------------------------------- bad input
+# Bad input
 
 
 @pytest.mark.parametrize("name", ["vgg", "torchvision/resnet20", "fcn_resnet50", "quantized_resnet18", ""])

@@ -284,14 +284,19 @@ def test_a_seed_fixes_the_run_bit_for_bit(digits: Data) -> None:
 
 
 @pytest.mark.parametrize("failure", [None, KeyboardInterrupt, FloatingPointError])
-def test_the_callers_global_state_is_untouched(digits: Data, failure: type[BaseException] | None) -> None:
+def test_the_callers_global_state_is_untouched(
+    digits: Data, failure: type[BaseException] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "deterministic", False)
+    monkeypatch.setattr(cudnn, "benchmark", True)
+
     class Fail(Hook):
         def after_step(self, state: State) -> None:
             if failure and state.step == 1:
                 raise failure
 
     def state() -> tuple[bytes, bool, bool, bool]:
-        cudnn = torch.backends.cudnn
         random = torch.get_rng_state().numpy().tobytes()
         return random, cudnn.deterministic, cudnn.benchmark, torch.is_grad_enabled()
 
@@ -413,12 +418,21 @@ def test_evaluation_keeps_the_net_and_the_mode_of_every_module(digits: Data) -> 
     assert [module.training for module in net.modules()] == modes
 
 
+def test_an_evaluated_net_can_be_trained(digits: Data) -> None:
+    net = small()
+    evaluate(net, digits)  # converts the layout of the weights, and must not do so in inference mode
+    before = weights(net)
+    fit(net, digits, few_steps(digits, 1), seed=0, progress=False)
+    assert all(not torch.equal(before[name], p) for name, p in net.named_parameters())
+
+
 # Recalibration
 
 
 def test_recalibrated_statistics_are_the_means_over_the_batches(digits: Data) -> None:
     net = small()
-    net[1].running_mean.fill_(9.0)  # stale statistics that must leave no trace
+    net[1].running_mean.fill_(9.0)  # stale statistics of a long run, which must leave no trace
+    net[1].num_batches_tracked.fill_(100)
     recalibrate(net, digits, batches=3, batch_size=half_split(digits), seed=4)
 
     generator = torch.Generator().manual_seed(4)

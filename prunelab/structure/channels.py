@@ -48,7 +48,7 @@ class ChannelSpace(Space):
 
     def unit_weights(self, group: str) -> Tensor:
         """Return, side by side, the filters of every layer that writes the group, [size, weights per unit]."""
-        return torch.cat([self._filters(axis, group) for axis in self.writers(group)], dim=1)
+        return torch.cat([self.filters(axis, group) for axis in self.writers(group)], dim=1)
 
     def writers(self, group: str) -> list[Axis]:
         """Return the filter axes of the layers that write a group, in the order in which they run."""
@@ -56,7 +56,8 @@ class ChannelSpace(Space):
         first, last = self._bounds(group)
         return [a for a in self.coupling.axes if a.role == "out" and ((a.units >= first) & (a.units < last)).any()]
 
-    def _filters(self, axis: Axis, group: str) -> Tensor:
+    def filters(self, axis: Axis, group: str) -> Tensor:
+        """Return the filters with which one of a group's `writers` writes it, [size, weights per filter]."""
         first, last = self._bounds(group)
         rows = np.flatnonzero((axis.units >= first) & (axis.units < last))
         rows = rows[np.argsort(axis.units[rows], kind="stable")]

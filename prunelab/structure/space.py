@@ -153,13 +153,13 @@ class Space(ABC):
         """Keep the units with the highest scores, as many as the target allows.
 
         Args:
-            scores: {group: [size]}.
+            scores: {group: [size]}; with a budget, units of score +inf are never removed.
             target: a budget; or what each group keeps, as {group: share} (groups not named stay whole) or a list in the order
                 of `groups`. A share is a count (int) or a fraction.
             ranking: with a budget, "layer" removes the same fraction of every group, "global" compares scores across groups.
 
         Raises:
-            ValueError: a budget below one unit per group, a list of the wrong length, an unknown group, an illegal share.
+            ValueError: a budget below what must stay (one unit per group), a list of the wrong length, an unknown group, an illegal share.
         """
         scores = self._checked(scores)
         if isinstance(target, Budget):
@@ -255,19 +255,21 @@ class Space(ABC):
 
     def _widths_within(self, budget: Budget, scores: Scores, ranking: Ranking) -> Ints:
         """Remove units in ascending order until the budget is met; the best unit of each group is never removed."""
-        allowed = budget.macs * self.macs(scope=budget.scope)
-        smallest = int(self.cost(np.ones_like(self.sizes), budget.scope))
-        if smallest > allowed:
-            least = smallest / self.macs(scope=budget.scope)
-            raise ValueError(
-                f"budget macs={budget.macs} ({budget.scope}) is below one unit per group, which keeps {least:.4f} of the MACs"
-            )
-        order = np.argsort(self._priority(scores, ranking), kind="stable")[: self.sizes.sum() - len(self.sizes)]
+        priority = self._priority(scores, ranking)
+        order = np.argsort(priority, kind="stable")[: np.count_nonzero(priority < np.inf)]
         removed_from = self._group_of[order]
 
         def widths(count: int) -> Ints:
             return self.sizes - np.bincount(removed_from[:count], minlength=len(self.sizes))
 
+        allowed = budget.macs * self.macs(scope=budget.scope)
+        smallest = int(self.cost(widths(len(order)), budget.scope))
+        if smallest > allowed:
+            least = smallest / self.macs(scope=budget.scope)
+            raise ValueError(
+                f"budget macs={budget.macs} ({budget.scope}) cannot be met: one unit per group, and every unit of infinite "
+                f"score, must stay, which keeps {least:.4f} of the MACs"
+            )
         low, high = 0, len(order)  # the budget is met after removing `high` units
         while low < high:
             middle = (low + high) // 2
@@ -286,7 +288,7 @@ class Space(ABC):
             rank = np.empty(group.size)
             rank[np.argsort(-score, kind="stable")] = np.arange(group.size, 0, -1)
             priority = score.copy() if ranking == "global" else rank / group.size
-            priority[rank == group.size] = np.inf
+            priority[(rank == group.size) | (score == np.inf)] = np.inf
             parts.append(priority)
         return np.concatenate(parts)
 

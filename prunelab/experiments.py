@@ -1,0 +1,301 @@
+"""An experiment is a frozen description; running it gives one row; a row that is in the store is not computed again.
+
+The path is the same for every method: a dense network trained by the recipe and the seed, pruned to the budget, fine-tuned with
+what the method has left of the common effort, evaluated. On a CPU every experiment runs on one thread of its own, so a row
+does not depend on how many run side by side.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import subprocess
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import joblib
+import pandas as pd
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import nn
+from tqdm.auto import tqdm
+
+import prunelab
+from prunelab import cost, data, methods, models
+from prunelab._files import cache_folder, write_atomically
+from prunelab.structure import Budget
+from prunelab.structure.space import Scope
+from prunelab.training import Context, Recipe, evaluate, fit, recalibrate
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How the dense network is trained, and what every arm may spend after it."""
+
+    dense: Recipe
+    after: Recipe
+
+
+EFFORTS: dict[str, Effort] = {
+    # seconds, for the embedded digits
+    "smoke": Effort(Recipe(epochs=10, lr=0.05, batch_size=32), Recipe(epochs=8, lr=0.03, batch_size=32)),
+    # what two CPU cores record in an hour or two
+    "brief": Effort(Recipe(epochs=6, lr=0.1), Recipe(epochs=2, lr=0.03)),
+    # what two CPU cores record in a night
+    "short": Effort(Recipe(epochs=12, lr=0.1), Recipe(epochs=8, lr=0.05)),
+    # the schedule of Li et al. and Rethinking: for a GPU
+    "full": Effort(
+        Recipe(epochs=160, lr=0.1, schedule="step", batch_size=64, nesterov=False, weight_decay=1e-4),
+        Recipe(epochs=40, lr=0.01, batch_size=64, nesterov=False, weight_decay=1e-4),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One run: which network, pruned how far by what, with which effort and seed.
+
+    Attributes:
+        dataset: a name that `prunelab.data.load` knows.
+        model: a name that `prunelab.models.build` knows.
+        method: a name in `prunelab.methods.METHODS`.
+        parameters: the method's hyper-parameters where they are not the default, as sorted (name, value) pairs; a mapping is accepted.
+        macs: the fraction of the dense MACs to keep, in (0, 1].
+        scope: which MACs are counted, "all" or "conv".
+        effort: a name in `EFFORTS`.
+        seed: of the dense network's weights and training, and of everything after it.
+
+    Raises:
+        ValueError: a value is not legal; the legal ones are named.
+    """
+
+    dataset: str
+    model: str
+    method: str
+    parameters: tuple[tuple[str, Any], ...] = ()
+    macs: float = 1.0
+    scope: Scope = "all"
+    effort: str = "smoke"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parameters", tuple(sorted(dict(self.parameters).items())))
+        if self.effort not in EFFORTS:
+            raise ValueError(f"effort={self.effort!r}: legal values are {', '.join(map(repr, EFFORTS))}")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed={self.seed!r}: a seed is an integer >= 0")
+        methods.build(self.method, **dict(self.parameters))
+        Budget(self.macs, self.scope)
+
+    @property
+    def key(self) -> str:
+        """A digest of all fields, the row's identity in the store."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def base(self) -> Experiment:
+        """The experiment of the dense network that this one starts from."""
+        return replace(self, method="dense", parameters=(), macs=1.0, scope="all")
+
+
+class Store:
+    """Rows as JSON lines, one file per data set and network, each written whole or not at all.
+
+    Args:
+        folder: default `PRUNELAB_RESULTS`, else `results/` of the repository that this file is in.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
+        repository = Path(__file__).resolve().parents[1] / "results"
+        self.folder = Path(folder or os.environ.get("PRUNELAB_RESULTS") or repository)
+
+    def rows(self) -> dict[str, Row]:
+        """Read every row, by key.
+
+        Raises:
+            ValueError: a line is damaged; file and line are named.
+        """
+        found: dict[str, Row] = {}
+        for path in sorted(self.folder.glob("*.jsonl")):
+            for number, line in enumerate(path.read_text().splitlines(), 1):
+                try:
+                    row = json.loads(line)
+                    found[row["key"]] = row
+                except (ValueError, KeyError, TypeError) as error:
+                    raise ValueError(
+                        f"{path}, line {number} is not a row ({error}): delete the line and the experiment will run again"
+                    ) from error
+        return found
+
+    def add(self, row: Row) -> None:
+        """Append a row to its file, unless its key is there already."""
+        path = self.folder / f"{row['dataset']}-{row['model']}.jsonl".replace(os.sep, "_")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            text = path.read_text() if path.exists() else ""
+            if f'"key": "{row["key"]}"' not in text:
+                write_atomically(path, (text + json.dumps(row) + "\n").encode())
+
+
+def run(
+    experiments: Iterable[Experiment], *, store: Store | None = None, jobs: int | None = None, progress: bool = True
+) -> pd.DataFrame:
+    """Return the rows of all experiments, in their order, computing only those that the store lacks.
+
+    Args:
+        experiments: what to run; dense networks that several share are trained once.
+        store: where rows are looked up and added as they come; default the repository's.
+        jobs: processes side by side; default one per CPU core, or one if there is a GPU.
+        progress: show a bar while rows are computed.
+
+    Raises:
+        ValueError, FileNotFoundError: before any work, if a data set or network is not to be had.
+    """
+    wanted = list(dict.fromkeys(experiments))
+    store = store or Store()
+    known = store.rows()
+    missing = [experiment for experiment in wanted if experiment.key not in known]
+    for dataset, model in dict.fromkeys((e.dataset, e.model) for e in missing):
+        models.build(model, classes=len(data.load(dataset).classes), shape=data.load(dataset).shape)
+    bases = [e for e in dict.fromkeys(e.base for e in missing) if not _weights_path(e).exists()]
+    jobs = jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
+    with tqdm(total=len(bases) + len(missing), desc="experiments", disable=not progress or not missing) as bar:
+        for _ in _side_by_side(base_network, bases, jobs):
+            bar.update()
+        for row in _side_by_side(compute, missing, jobs):
+            store.add(row)
+            known[row["key"]] = row
+            bar.update()
+    return pd.DataFrame([known[experiment.key] for experiment in wanted])
+
+
+def _side_by_side(function: Any, experiments: Sequence[Experiment], jobs: int) -> Iterable[Any]:
+    """Call a function of each experiment, yielding results as they come."""
+    if jobs == 1 or len(experiments) <= 1:
+        return map(function, experiments)
+    parallel = joblib.Parallel(min(jobs, len(experiments)), return_as="generator_unordered", pre_dispatch="all")
+    found: Iterable[Any] = parallel(joblib.delayed(function)(experiment) for experiment in experiments)
+    return found
+
+
+def compute(experiment: Experiment) -> Row:
+    """Run one experiment and return its row; the test split is read once, at the end."""
+    began = time.perf_counter()
+    with _one_thread():
+        dense, images = base_network(experiment), _data(experiment.dataset)
+        context = Context(images, EFFORTS[experiment.effort].after, experiment.seed, progress=False)
+        method = methods.build(experiment.method, **dict(experiment.parameters))
+        pruned = method(dense, Budget(experiment.macs, experiment.scope), context)
+        stages = {"cut": copy.deepcopy(pruned.net)}
+        recalibrate(pruned.net, images, seed=experiment.seed)
+        stages["recalibrated"] = copy.deepcopy(pruned.net)
+        left = replace(context.recipe, epochs=max(0.0, context.recipe.epochs - pruned.epochs))
+        tuned = fit(pruned.net, images, left, seed=experiment.seed + 1, progress=False)
+        stages["tuned"] = pruned.net
+        row: Row = {"key": experiment.key, **asdict(experiment), "parameters": dict(experiment.parameters)}
+        for split in ("val", "test"):
+            for stage, net in stages.items():
+                row[f"{split}_{stage}"] = round(evaluate(net, images, split), 4)  # type: ignore[arg-type]
+    sizes = {"": pruned.net, "dense_": dense}
+    for prefix, net in sizes.items():
+        row[f"{prefix}macs_all"] = cost.macs(net, images.example)
+        row[f"{prefix}macs_conv"] = cost.macs(net, images.example, scope="conv")
+        row[f"{prefix}parameter_count"] = cost.parameters(net)
+    row |= {"epochs_pruning": pruned.epochs, "epochs": pruned.epochs + tuned.epochs}
+    row |= {"widths": pruned.plan.widths, "seconds": round(time.perf_counter() - began, 1)}
+    return row | _provenance(images)
+
+
+def base_network(experiment: Experiment) -> nn.Module:
+    """Return the trained dense network of an experiment, from the cache or trained now.
+
+    Raises:
+        ValueError: the cached weights are damaged; the file is named.
+    """
+    base = experiment.base
+    images = _data(base.dataset)
+    net = models.build(base.model, classes=len(images.classes), shape=images.shape, seed=base.seed).to(images.device)
+    path = _weights_path(base)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            with _one_thread():
+                fit(net, images, EFFORTS[base.effort].dense, seed=base.seed, progress=False)
+            weights = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
+            write_atomically(path, save(weights, {"digest": images.digest}))
+    try:
+        net.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"the cached weights {path} are damaged ({error}): delete the file and they will be trained again") from error
+    return net.to(images.device).eval()
+
+
+def _weights_path(base: Experiment) -> Path:
+    return cache_folder() / "weights" / f"{base.dataset}-{base.model}-{base.effort}-{base.seed}-{base.key}.safetensors"
+
+
+@cache
+def _data(name: str) -> data.Data:
+    return data.load(name).to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class _one_thread:
+    """Give this process one CPU thread for as long as the block runs."""
+
+    def __enter__(self) -> None:
+        self.before = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self.before)
+
+
+def _provenance(images: data.Data) -> Row:
+    device = torch.cuda.get_device_name(images.device) if images.device.type == "cuda" else "cpu"
+    return {
+        "code": _code_version(),
+        "torch": torch.__version__,
+        "device": device,
+        "data_source": images.source,
+        "data_digest": images.digest[:16],
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+@cache
+def _code_version() -> str:
+    """The package's version, with the commit where it runs from a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--match="]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return prunelab.__version__
+    return f"{prunelab.__version__}+{commit}"
+
+
+def grid(arms: Mapping[str, Mapping[str, Any]], macs: Sequence[float], seeds: int, **common: Any) -> dict[tuple[str, float, int], Experiment]:
+    """Return the experiments of every arm at every budget with seeds 0 to seeds − 1, by (arm, budget, seed).
+
+    An arm is {"method": ..., "parameters": {...}}; the dense control appears once a seed, at budget 1.
+    """
+    found = {}
+    for arm, choice in arms.items():
+        for budget in (1.0,) if choice["method"] == "dense" else macs:
+            for seed in range(seeds):
+                chosen = {"scope": "all"} if choice["method"] == "dense" else {}
+                found[arm, budget, seed] = Experiment(
+                    method=choice["method"], parameters=tuple(dict(choice.get("parameters", {})).items()),
+                    macs=budget, seed=seed, **{**common, **chosen},
+                )
+    return found

@@ -1,0 +1,37 @@
+"""Random pruning: the control that every criterion has to beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from prunelab import scores
+from prunelab.methods.base import Pruned, check_unit, space_of
+from prunelab.structure import Budget
+from prunelab.training import Context
+
+
+@dataclass(frozen=True)
+class Random:
+    """Remove the same share of every group, drawn uniformly by the context's seed, so that the budget is met.
+
+    unit: "filters" or "columns".
+
+    Raises ValueError for another unit.
+    """
+
+    name: ClassVar[str] = "random"
+
+    unit: str = "filters"
+
+    def __post_init__(self) -> None:
+        """Check the unit."""
+        check_unit(self.unit)
+
+    def __call__(self, net: nn.Module, budget: Budget, context: Context) -> Pruned:
+        """Prune in one shot, without training."""
+        space = space_of(self.unit, net, context.data.example)
+        plan = space.plan_for(space.scores(scores.random(context.seed)), budget)
+        return Pruned(space.shrink(plan), plan)

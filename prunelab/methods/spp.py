@@ -1,0 +1,223 @@
+"""Structured Probabilistic Pruning (Wang et al. 2017, arXiv 1709.06994).
+
+Every unit has a probability p of being masked, which starts at 0. Every t steps the units of a layer are ranked by their L1 norm and p moves
+by Δ(rank): up for the weakest, down for the others, so a unit that recovers its norm recovers its place. p = 1 is final.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from prunelab import scores
+from prunelab.methods.base import Pruned, space_of
+from prunelab.structure import Budget, Space
+from prunelab.structure.space import open_ended
+from prunelab.training import Context, Hook, State, fit
+
+Floats = NDArray[np.float64]
+
+LARGEST_EXPONENT = 50.0  # far beyond the target rank the curve would overflow; p is clamped to 0 there anyway
+
+
+def increment(rank: Floats, target: int, A: float = 0.05, u: float = 0.25) -> Floats:
+    """Return Δ(r), the change of the pruning probability of a unit at (0-based, ascending) rank r.
+
+    Δ(r) = A·exp(−αr) for r ≤ N, and 2uA − A·exp(−α(2N − r)) beyond, with α = ln(2/u)/T and N = −ln(u)/α: strictly
+    decreasing from A, through uA at N, to 0 at the target rank T, and negative behind it.
+    """
+    alpha = math.log(2 / u) / target
+    centre = -math.log(u) / alpha
+    mirrored = np.minimum(-alpha * (2 * centre - rank), LARGEST_EXPONENT)
+    return np.where(rank <= centre, A * np.exp(-alpha * rank), 2 * u * A - A * np.exp(mirrored))
+
+
+class PruningProbability:
+    """The pruning probabilities of one layer's units, p in [0, 1]^size, and the rule that moves them.
+
+    Args:
+        size: units in the layer.
+        remove: how many must go, exactly.
+        settings: A, u, margin, averaging and recovery are used.
+    """
+
+    def __init__(self, size: int, remove: int, settings: SPP) -> None:
+        self.remove, self.settings = remove, settings
+        self.p: Floats = np.zeros(size)
+        self.gone = np.zeros(size, dtype=bool)
+        self.score: Floats | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether as many units have reached p = 1 as must go."""
+        return int(self.gone.sum()) == self.remove
+
+    def update(self, score: Floats) -> None:
+        """Move every p by Δ of its rank among the units that are left; those that reach 1 are gone for good."""
+        if self.finished:
+            return
+        self._average(score)
+        alive = np.flatnonzero(~self.gone)
+        order = alive[np.argsort(self._score[alive], kind="stable")]
+        aim = min(self.remove + math.ceil(self.settings.margin * len(self.p)), len(self.p) - 1)
+        step = increment(np.arange(len(order), dtype=float), aim - int(self.gone.sum()), self.settings.A, self.settings.u)
+        if not self.settings.recovery:
+            step = np.maximum(step, 0)
+        self.p[order] = np.clip(self.p[order] + step, 0, 1)
+        left = self.remove - int(self.gone.sum())
+        self.gone[order[self.p[order] >= 1][:left]] = True
+
+    def finish(self) -> None:
+        """Remove what is still missing from the count: the units most likely to go, the weaker of two equals first."""
+        alive = np.flatnonzero(~self.gone)
+        order = alive[np.lexsort((self._score[alive], -self.p[alive]))]
+        self.gone[order[: self.remove - int(self.gone.sum())]] = True
+        self.p[self.gone] = 1
+
+    @property
+    def _score(self) -> Floats:
+        return np.zeros(len(self.p)) if self.score is None else self.score
+
+    def _average(self, score: Floats) -> None:
+        self.score = score if self.score is None else self.settings.averaging * self.score + score
+
+
+@dataclass(frozen=True)
+class SPP:
+    """Structured Probabilistic Pruning, on columns as in the paper or on filters.
+
+    Attributes:
+        A: largest step of p, in (0, 1].
+        u: height of the middle of Δ relative to A, in (0, 1).
+        t: training steps between two updates of p.
+        unit: "columns" of the im2col matrix (the paper's) or "filters".
+        recovery: the paper's claim; False cuts Δ at 0, so that p can only grow and nothing else changes.
+        margin: δ, the layer aims at (R + δ)·N units and stops at R·N. 0 in the published code's defaults; its helper scripts write 0.1,
+            without which the last few units may wait for ever.
+        averaging: γ of the score, S ← γ·S + s. 0 in the published code.
+        share: the part of the effort, in (0, 1], after which layers that have not finished are cut at the exact count.
+        lr: constant learning rate while pruning. The paper's is not known; this is the rate that fine-tuning starts from.
+    """
+
+    name: ClassVar[str] = "spp"
+
+    A: float = 0.05
+    u: float = 0.25
+    t: int = 180
+    unit: str = "columns"
+    recovery: bool = True
+    margin: float = 0.0
+    averaging: float = 0.0
+    share: float = 0.5
+    lr: float = 0.01
+
+    def __post_init__(self) -> None:
+        for field, legal, valid in (
+            ("A", "in (0, 1]", 0 < self.A <= 1),
+            ("u", "in (0, 1)", 0 < self.u < 1),
+            ("t", "an integer >= 1", isinstance(self.t, int) and self.t >= 1),
+            ("unit", "'columns' or 'filters'", self.unit in ("columns", "filters")),
+            ("margin", "in [0, 1)", 0 <= self.margin < 1),
+            ("averaging", "in [0, 1)", 0 <= self.averaging < 1),
+            ("share", "in (0, 1]", 0 < self.share <= 1),
+            ("lr", "> 0", self.lr > 0),
+        ):
+            if not valid:
+                raise ValueError(f"spp: {field} is {getattr(self, field)!r}; it must be {legal}")
+
+    def __call__(self, net: nn.Module, budget: Budget, context: Context) -> Pruned:
+        """Prune while training at a constant rate; the retraining of the fixed structure is the caller's.
+
+        The history holds `p`: {group: [updates, size]}, every probability after every update, and `finished`: whether every layer
+        reached its count by itself.
+        """
+        net = copy.deepcopy(net)
+        space = space_of(self.unit, net, context.data.example)
+        pruning = Pruning(space, self.counts(space, budget), self)
+        recipe = replace(
+            context.recipe, epochs=self.share * context.recipe.epochs, schedule="constant", lr=self.lr
+        )
+        spent = fit(net, context.data, recipe, seed=context.seed, hook=pruning, progress=context.progress, label=self.name)
+        finished = pruning.finish()
+        plan = space.plan({name: np.flatnonzero(~layer.gone).tolist() for name, layer in pruning.layers.items()})
+        trace = {name: np.array(rows, dtype=np.float32) for name, rows in pruning.trace.items()}
+        return Pruned(space.shrink(plan), plan, spent.epochs, {"p": trace, "finished": finished, "steps": spent.steps})
+
+    def counts(self, space: Space, budget: Budget) -> dict[str, int]:
+        """How many units each group must lose, R·N_c with the same R everywhere."""
+        plan = space.plan_for(scores.l1(space), budget)
+        return {group.name: group.size - plan.widths[group.name] for group in space.groups}
+
+
+class Pruning(Hook):
+    """The training side: sample masks every step, refresh the probabilities every t steps."""
+
+    def __init__(self, space: Space, remove: Mapping[str, int], settings: SPP) -> None:
+        self.space, self.t = space, settings.t
+        self.layers = {g.name: PruningProbability(g.size, remove[g.name], settings) for g in space.groups}
+        self.trace: dict[str, list[Floats]] = {name: [] for name in self.layers}
+
+    def start(self, state: State) -> None:
+        """Look up, once, which parameters the masks touch."""
+        self.owned = self.space.owned(state.net)
+        self.momentum = [state.optimizer.state[parameter] for parameter, _ in self.owned]
+
+    def before_step(self, state: State) -> None:
+        """Refresh p where it is due; then hide the units whose g_j ~ Bernoulli(1 − p_j) is 0."""
+        if state.step % self.t == 0:
+            self.refresh()
+            state.stop = all(layer.finished for layer in self.layers.values())
+        keep = 1 - torch.from_numpy(np.concatenate([layer.p for layer in self.layers.values()])).float()
+        gates = open_ended(torch.bernoulli(keep).to(self.owned[0][0]))
+        self.masks = [math.prod((gates[u] for u in units), start=gates.new_ones(())) for _, units in self.owned]
+        self.stored = [parameter.detach().clone() for parameter, _ in self.owned]
+        with torch.no_grad():
+            for (parameter, _), mask in zip(self.owned, self.masks, strict=True):
+                parameter.mul_(mask)
+
+    @torch.no_grad()
+    def after_gradients(self, state: State) -> None:
+        """Give hidden weights their values back, without a gradient and with their momentum erased."""
+        for (parameter, _), mask, stored, momentum in zip(self.owned, self.masks, self.stored, self.momentum, strict=True):
+            parameter.copy_(stored)
+            if parameter.grad is not None:
+                parameter.grad.mul_(mask)
+            if momentum.get("momentum_buffer") is not None:
+                momentum["momentum_buffer"].mul_(mask)
+
+    def refresh(self) -> None:
+        """Update the probabilities from the stored weights; remove for good what reached p = 1."""
+        norms = scores.l1(self.space)
+        before = {name: (layer.gone.copy(), layer.finished) for name, layer in self.layers.items()}
+        for name, layer in self.layers.items():
+            layer.update(norms[name].double().cpu().numpy())
+            self.trace[name].append(layer.p.copy())
+        self._settle(before)
+
+    def finish(self) -> bool:
+        """Cut every layer that has not finished at its count; return whether all had."""
+        before = {name: (layer.gone.copy(), layer.finished) for name, layer in self.layers.items()}
+        for layer in self.layers.values():
+            layer.finish()
+        self._settle(before)
+        return all(finished for _, finished in before.values())
+
+    def _settle(self, before: Mapping[str, tuple[NDArray[np.bool_], bool]]) -> None:
+        """Zero the units that have just gone; in a layer that has just finished, scale the others by 1 − p, then p = 0."""
+        factors = []
+        for name, layer in self.layers.items():
+            factor = np.where(layer.gone & ~before[name][0], 0.0, 1.0)
+            if layer.finished and not before[name][1]:
+                factor = np.where(layer.gone, 0.0, 1 - layer.p)
+                layer.p = layer.gone.astype(float)
+            factors.append(factor)
+        self.space.apply_gates(self.space.net, torch.from_numpy(np.concatenate(factors)))
+
