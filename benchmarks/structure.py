@@ -7,6 +7,7 @@ import statistics
 import time
 import timeit
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -51,20 +52,21 @@ def main() -> None:
     print(f"{'network':14}{'groups':>8}{'build ms':>10}{'cut ms':>10}{'both ms':>10}")
     for name, shape in NETWORKS.items():
         net, example = build(name, shape=shape, seed=0), torch.zeros(1, *shape)
-        space, build_seconds = timed(lambda net=net, example=example: ChannelSpace(net, example), arguments.repeats)
+        space, build_seconds = timed(partial(ChannelSpace, net, example), arguments.repeats)
         plan = space.plan_for(space.scores("l1"), Budget(macs=0.5))
-        _, cut_seconds = timed(lambda space=space, plan=plan: space.shrink(plan), arguments.repeats)
+        _, cut_seconds = timed(partial(space.shrink, plan), arguments.repeats)
         both = build_seconds + cut_seconds
         print(f"{name:14}{len(space.groups):8}{1e3 * build_seconds:10.1f}{1e3 * cut_seconds:10.1f}{1e3 * both:10.1f}")
 
     space = ChannelSpace(build("resnet56", seed=0), torch.zeros(1, 3, 32, 32))
     plan = space.plan_for(space.scores("l1"), Budget(macs=0.5))
     widths = space.widths(plan)
-    for label, call in {
+    calls: dict[str, Callable[[], object]] = {
         "space.macs(plan)": lambda: space.macs(plan),
         "space.macs(plan.widths)": lambda: space.macs(plan.widths),
         "space.cost(widths), the closed form alone": lambda: space.cost(widths),
-    }.items():
+    }
+    for label, call in calls.items():
         print(f"ResNet-56 {label}: {microseconds(call, arguments.repeats):.1f} µs")
 
 

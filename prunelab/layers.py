@@ -1,6 +1,8 @@
-"""Layers that torch.nn lacks: a convolution over some columns of its im2col matrix, and a shortcut that pads channels."""
+"""Layers that torch.nn lacks: a convolution over some columns of its im2col matrix, and padding of channels."""
 
 from __future__ import annotations
+
+import copy
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 
 
 class ZeroPadChannels(nn.Module):
-    """Put `before` zero channels in front of the input's and `after` behind: [N, C, H, W] -> [N, before + C + after, H, W]."""
+    """Pad channels with zeros: [N, C, H, W] -> [N, before + C + after, H, W]."""
 
     def __init__(self, before: int, after: int) -> None:
         super().__init__()
@@ -27,8 +29,8 @@ class ColumnConv2d(nn.Module):
     """A convolution that keeps some columns of its im2col matrix: y = W[:, K] · im2col(x)[K, :].
 
     Column j = (c·kh + dy)·kw + dx of the [out, C·kh·kw] matrix is the same (channel, y, x) position in every filter, the
-    group that SSL calls a filter shape and SPP prunes. Only the kept rows of im2col(x) are gathered, so memory and
-    arithmetic both fall with the number of columns.
+    group that SPP prunes. Only the kept rows of im2col(x) are gathered, so memory and arithmetic both fall with the
+    number of columns.
 
     Attributes:
         columns: kept column indices, sorted, int64 [K].
@@ -43,14 +45,14 @@ class ColumnConv2d(nn.Module):
         super().__init__()
         if conv.groups != 1 or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
             raise ValueError(
-                f"ColumnConv2d takes a convolution with groups=1, padding_mode='zeros' and padding in numbers, got {conv}"
+                f"ColumnConv2d takes convolutions with groups=1, padding_mode='zeros' and padding in numbers, got {conv}"
             )
         self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
         self.kernel_size, self.stride = conv.kernel_size, conv.stride
         self.padding, self.dilation = conv.padding, conv.dilation
         self.register_buffer("columns", columns.clone())
-        self.weight = nn.Parameter(conv.weight.detach().flatten(1)[:, columns].clone())
-        self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().clone())
+        self.weight = nn.Parameter(conv.weight.detach().flatten(1)[:, columns], conv.weight.requires_grad)
+        self.bias = copy.deepcopy(conv.bias)
         self.train(conv.training)
 
     def dense_weight(self) -> Tensor:

@@ -28,6 +28,29 @@ def l2(space: Space) -> dict[str, Tensor]:
     return {group.name: space.unit_weights(group.name).norm(dim=1) for group in space.groups}
 
 
+def bn_scale(space: Space) -> dict[str, Tensor]:
+    """Sum of |γ| of the batch norms behind the layers that write each unit; comparable across groups (Network Slimming).
+
+    Raises:
+        ValueError: the space is not one of channels, or a layer's output is not read by a batch norm with a scale alone.
+    """
+    coupling = getattr(space, "coupling", None)
+    if coupling is None:
+        raise ValueError(f"bn_scale scores channels; this space has {space.kind}, which no batch norm scales")
+    scales = {axis.module: axis.units for axis in coupling.axes if axis.role == "channel" and axis.tensor == "weight"}
+    writers = {axis.module for axis in coupling.axes if axis.role == "out" and (axis.units >= 0).any()}
+    bare = sorted(writer for writer in writers if coupling.norms.get(writer) not in scales)
+    if bare:
+        raise ValueError(
+            f"bn_scale needs a batch norm with a scale right behind every layer; none follows {', '.join(bare)}"
+        )
+    total = torch.zeros(int(space.sizes.sum()) + 1)  # the last place gathers what is never removed
+    for norm in (coupling.norms[writer] for writer in writers):
+        gamma = space.net.get_submodule(norm).get_parameter("weight").detach()
+        total.index_add_(0, torch.from_numpy(scales[norm]) % len(total), gamma.abs().cpu())
+    return {group.name: part for group, part in zip(space.groups, total[:-1].split(space.sizes.tolist()), strict=True)}
+
+
 def random(seed: int = 0) -> Criterion:
     """Return a criterion that scores every unit uniformly in [0, 1), a control: the same for the same seed."""
 
@@ -38,7 +61,7 @@ def random(seed: int = 0) -> Criterion:
     return score
 
 
-CRITERIA: dict[str, Criterion] = {"l1": l1, "l2": l2, "random": random()}
+CRITERIA: dict[str, Criterion] = {"l1": l1, "l2": l2, "bn_scale": bn_scale, "random": random()}
 
 
 def named(name: str) -> Criterion:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar, Literal, get_args
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from tqdm.auto import tqdm
 
 from prunelab import scores as criteria
 from prunelab.data import Data
-from prunelab.methods.base import Pruned, check_unit, space_of
+from prunelab.methods.base import SPACES, Pruned, space_of
 from prunelab.structure import Budget, ChannelSpace, Plan, Space
 from prunelab.structure.graph import Axis
 from prunelab.training import Context, evaluate
@@ -28,19 +29,19 @@ Order = Literal["independent", "greedy"]
 class L1:
     """Remove the units of least s_j = Σ|W_j|, ranked inside each layer, without training.
 
-    Where layers are added, the shortcut decides: the filters of its 1x1 projection are ranked and the other layers of the
-    sum lose the same ones. With an identity shortcut there is nothing to rank, and the sum stays whole.
+    Where layers are added, the shortcut decides: the filters of its 1x1 projection are ranked, and every layer of the sum
+    loses the same ones. With an identity shortcut there is nothing to rank, and the sum stays whole.
 
-    unit: "filters", or "columns" of the im2col matrix, the one-shot control of SPP, to which the rule on sums does not apply.
-    selection: which units go: the "smallest", the "largest" or "random" ones, drawn by the context's seed.
-    order: "independent" ranks with the whole filters; "greedy" goes from input to output and lets a filter's sum count its
-        surviving input channels alone (filters only: a column does not run through the next layer).
-    ratios: {group: fraction p to remove, in [0, 1)}, keeping floor(C·(1 - p)) of C units in exact arithmetic, at least one; groups
-        not named stay whole, and the budget is then an upper bound. None removes the same fraction everywhere, as the
+    unit: "filters", or "columns" of the im2col matrix: SPP's one-shot control, which the rule on sums does not touch.
+    selection: which go: the "smallest", the "largest" or "random" ones, drawn by the context's seed.
+    order: "independent" ranks whole filters; "greedy" goes from input to output, and the sum of a filter counts only the
+        input channels that are left (filters only: removing columns leaves every layer all its inputs).
+    ratios: {group: fraction p to remove, in [0, 1)}: floor(C·(1 - p)) of C units stay, in exact arithmetic, and at least
+        one; groups not named stay whole, and the budget is an upper bound. None: the same fraction everywhere, as the
         budget asks.
 
-    Raises ValueError naming a field, its value and the legal values; when called, for ratios of unknown groups or of sums
-    with an identity shortcut, and for a budget that cannot be met, with the least one that can.
+    Raises ValueError naming a field, its value and the legal values. A call raises it for ratios of unknown groups, of sums
+    with an identity shortcut or above the budget, and for a budget that cannot be met, naming the least that can.
     """
 
     name: ClassVar[str] = "l1"
@@ -52,16 +53,17 @@ class L1:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        check_unit(self.unit)
-        for field, legal in (("selection", get_args(Selection)), ("order", get_args(Order))):
+        for field, legal in (
+            ("unit", tuple(SPACES)),
+            ("selection", get_args(Selection)),
+            ("order", get_args(Order) if self.unit == "filters" else ("independent",)),
+        ):
             if getattr(self, field) not in legal:
                 names = ", ".join(map(repr, legal))
-                raise ValueError(f"l1: {field} is {getattr(self, field)!r}; legal values are {names}")
-        if self.order == "greedy" and self.unit != "filters":
-            raise ValueError(f"l1: order is 'greedy' with unit={self.unit!r}; it must be 'independent' unless unit='filters'")
+                raise ValueError(f"l1: {field} is {getattr(self, field)!r}; legal with unit={self.unit!r}: {names}")
         for group, ratio in (self.ratios or {}).items():
             if not 0 <= ratio < 1:
-                raise ValueError(f"l1: ratios[{group!r}] is {ratio!r}; the fraction to remove must be in [0, 1)")
+                raise ValueError(f"l1: ratios[{group!r}] is {ratio!r}; a fraction to remove must be in [0, 1)")
 
     def __call__(self, net: nn.Module, budget: Budget, context: Context) -> Pruned:
         """Prune in one shot."""
@@ -70,15 +72,14 @@ class L1:
         if self.ratios is None:
             plan = space.plan_for(scores, budget)
         else:
-            plan = space.plan_for(scores, {group: 1 - Fraction(str(ratio)) for group, ratio in self.ratios.items()})
-            _check_whole(space, plan)
-            _check_budget(space, plan, budget)
+            plan = space.plan_for(scores, {group: _stays(ratio) for group, ratio in self.ratios.items()})
+            _check(space, plan, budget)
         if self.order == "greedy":
             plan = self._greedy(space, plan.widths, context.seed)
         return Pruned(space.shrink(plan), plan)
 
     def _score(self, space: Space, group: str, seed: int) -> Tensor:
-        """Score a group's units, high stays; infinite where the whole group stays."""
+        """Score a group's units; high stays, infinite stays whatever the budget."""
         weights = deciding_weights(space, group)
         if weights is None:
             return torch.full((len(space.unit_weights(group)),), torch.inf)
@@ -88,7 +89,7 @@ class L1:
         return norms if self.selection == "smallest" else -norms
 
     def _greedy(self, space: Space, widths: Mapping[str, int], seed: int) -> Plan:
-        """Choose again, group by group, on a copy in which what the groups before have lost is zero."""
+        """Rank group after group on a copy in which all that the groups before have lost is zero."""
         scratch = copy.copy(space)
         scratch.net = copy.deepcopy(space.net)
         plan = space.plan({})
@@ -100,45 +101,107 @@ class L1:
 
 
 def deciding_weights(space: Space, group: str) -> Tensor | None:
-    """Return the weights by which a group's units are ranked, [size, weights per unit]; None if the group stays whole.
+    """Return the weights that rank a group's units, [size, weights per unit]; None where all of them stay.
 
-    They are all weights that compute a unit, unless the group is a sum of layers: then its 1x1 projections decide, and without
-    one (an identity shortcut) nothing is removed.
+    They are the weights that compute the units, but in a sum of layers those of the 1x1 projections alone.
     """
     if not isinstance(space, ChannelSpace) or not _is_sum(space, group):
         return space.unit_weights(group)
-    deciding = projections(space, group)
-    return torch.cat([space.filters(axis, group) for axis in deciding], dim=1) if deciding else None
+    shortcuts = projections(space, group)
+    return torch.cat([space.filters(axis, group) for axis in shortcuts], dim=1) if shortcuts else None
 
 
 def projections(space: ChannelSpace, group: str) -> list[Axis]:
-    """Return the 1x1 convolutions that write a group from channels which another layer reads too: the weighted shortcuts."""
+    """Return the shortcuts with weights: 1x1 convolutions that write the group from what a branch reads too."""
     read = {p.module: p.reads.tobytes() for p in space.coupling.products if p.reads is not None}
-    inputs = list(read.values())
     return [
         axis
         for axis in space.writers(group)
         if getattr(space.net.get_submodule(axis.module), "kernel_size", None) == (1, 1)
         and axis.module in read
-        and inputs.count(read[axis.module]) > 1
+        and list(read.values()).count(read[axis.module]) > 1
     ]
 
 
 def _is_sum(space: ChannelSpace, group: str) -> bool:
-    """Return whether an addition ties channels of the group to others."""
-    units = torch.cat([torch.from_numpy(axis.units) for axis in space.writers(group)]).unique()
-    added = [tie.first for tie in space.coupling.ties if tie.why in ("add", "add_", "iadd")]
-    names = space._group_of  # placeholder
-    return bool(names is not None and added and units.numel())
+    additions = [tie.first for tie in space.coupling.ties if tie.why in ("add", "add_", "iadd")]
+    return any(np.isin(units, space.units(group)).any() for units in additions)
 
 
-def _check_whole(space: Space, plan: Plan) -> None:
+def _stays(ratio: float) -> Fraction:
+    return 1 - Fraction(str(ratio))
+
+
+def _check(space: Space, plan: Plan, budget: Budget) -> None:
     for group, width in plan.widths.items():
         if width < plan.sizes[group] and deciding_weights(space, group) is None:
-            raise ValueError(f"l1: ratios[{group!r}] must be 0: these layers are added to an identity shortcut, which stays whole")
-
-
-def _check_budget(space: Space, plan: Plan, budget: Budget) -> None:
+            raise ValueError(f"l1: ratios[{group!r}] must be 0: with an identity shortcut, the sum stays whole")
     kept = space.macs(plan, budget.scope) / space.macs(scope=budget.scope)
     if kept > budget.macs:
-        raise ValueError(f"l1: these ratios keep {kept:.4f} of the MACs ({budget.scope}), above the budget of {budget.macs}")
+        raise ValueError(f"l1: ratios keep {kept:.4f} of the MACs ({budget.scope}); the budget is {budget.macs}")
+
+
+# -- choosing the ratios ------------------------------------------------------------------------------------------------
+
+
+def sensitivity(
+    space: Space, data: Data, ratios: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9), *, progress: bool = True
+) -> pd.DataFrame:
+    """Prune one layer at a time at each ratio, without retraining, and measure.
+
+    Args:
+        space: a trained network's; groups that stay whole (identity shortcuts) are left out.
+        data: its validation images are used.
+        ratios: fractions to remove, in [0, 1).
+        progress: show a bar.
+
+    Returns:
+        One row per layer and ratio: layer, ratio, accuracy in percent.
+    """
+    weights = {group.name: deciding_weights(space, group.name) for group in space.groups}
+    scores = space.scores("l1") | {name: w.abs().sum(1) for name, w in weights.items() if w is not None}
+    cases = [(layer, ratio) for layer, w in weights.items() if w is not None for ratio in ratios]
+    rows = []
+    for layer, ratio in tqdm(cases, desc="sensitivity", leave=False, disable=not progress):
+        plan = space.plan_for(scores, {layer: _stays(ratio)})
+        rows.append((layer, ratio, evaluate(space.shrink(plan), data)))
+    return pd.DataFrame(rows, columns=["layer", "ratio", "accuracy"])
+
+
+def _first_convs(stages: Mapping[str, tuple[int, float]], skip: Collection[int] = ()) -> dict[str, float]:
+    """Prune the first convolution of each residual block; {stage: (blocks, p)}.
+
+    Layers are counted as in the paper: the stem is 1, then two per block, projections not counted.
+    """
+    blocks = [(f"{stage}.{block}.conv1", p) for stage, (count, p) in stages.items() for block in range(count)]
+    return {name: p for layer, (name, p) in zip(range(2, 10**9, 2), blocks) if p and layer not in skip}
+
+
+_SENSITIVE_34 = (2, 8, 14, 16, 26, 28, 30, 32)
+
+RECIPES: dict[str, tuple[str, dict[str, float]]] = {
+    "vgg16-A": ("vgg16", {f"conv{i}": 0.5 for i in (1, *range(8, 14))}),
+    "resnet56-A": (
+        "resnet56",
+        _first_convs({"stage1": (9, 0.1), "stage2": (9, 0.1), "stage3": (9, 0.1)}, skip=(16, 20, 38, 54)),
+    ),
+    "resnet56-B": (
+        "resnet56",
+        _first_convs({"stage1": (9, 0.6), "stage2": (9, 0.3), "stage3": (9, 0.1)}, skip=(16, 18, 20, 34, 38, 54)),
+    ),
+    "resnet110-A": ("resnet110", _first_convs({"stage1": (18, 0.5)}, skip=(36,))),
+    "resnet110-B": (
+        "resnet110",
+        _first_convs({"stage1": (18, 0.5), "stage2": (18, 0.4), "stage3": (18, 0.3)}, skip=(36, 38, 74)),
+    ),
+    "resnet34-A": (
+        "resnet34",
+        _first_convs({"layer1": (3, 0.3), "layer2": (4, 0.3), "layer3": (6, 0.3)}, skip=_SENSITIVE_34),
+    ),
+    "resnet34-B": (
+        "resnet34",
+        _first_convs({"layer1": (3, 0.5), "layer2": (4, 0.6), "layer3": (6, 0.4)}, skip=_SENSITIVE_34),
+    ),
+    "resnet34-C": ("resnet34", {"layer3.0.conv2": 0.2}),
+}
+"""The paper's pruned models: the network's name for `prunelab.models.build`, and what `L1.ratios` removes of it."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import nn
 
 from prunelab import scores
-from prunelab.methods.base import Pruned, check_unit, space_of
+from prunelab.methods.base import SPACES, Pruned, space_of
 from prunelab.structure import Budget
 from prunelab.training import Context
 
@@ -28,7 +28,8 @@ class Random:
 
     def __post_init__(self) -> None:
         """Check the unit."""
-        check_unit(self.unit)
+        if self.unit not in SPACES:
+            raise ValueError(f"random: unit is {self.unit!r}; legal values are {', '.join(map(repr, SPACES))}")
 
     def __call__(self, net: nn.Module, budget: Budget, context: Context) -> Pruned:
         """Prune in one shot, without training."""

@@ -62,8 +62,6 @@ class PruningProbability:
 
     def update(self, score: Floats) -> None:
         """Move every p by Δ of its rank among the units that are left; those that reach 1 are gone for good."""
-        if self.finished:
-            return
         self._average(score)
         alive = np.flatnonzero(~self.gone)
         order = alive[np.argsort(self._score[alive], kind="stable")]
@@ -136,8 +134,8 @@ class SPP:
     def __call__(self, net: nn.Module, budget: Budget, context: Context) -> Pruned:
         """Prune while training at a constant rate; the retraining of the fixed structure is the caller's.
 
-        The history holds `p`: {group: [updates, size]}, every probability after every update, and `finished`: whether every layer
-        reached its count by itself.
+        The history holds `p`: {group: [updates, size]}, every probability after every update until the layer was finished, `finished`:
+        whether every layer reached its count by itself, and `steps`: of training.
         """
         net = copy.deepcopy(net)
         space = space_of(self.unit, net, context.data.example)
@@ -198,8 +196,9 @@ class Pruning(Hook):
         norms = scores.l1(self.space)
         before = {name: (layer.gone.copy(), layer.finished) for name, layer in self.layers.items()}
         for name, layer in self.layers.items():
-            layer.update(norms[name].double().cpu().numpy())
-            self.trace[name].append(layer.p.copy())
+            if not layer.finished:
+                layer.update(norms[name].double().cpu().numpy())
+                self.trace[name].append(layer.p.copy())
         self._settle(before)
 
     def finish(self) -> bool:

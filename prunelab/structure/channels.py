@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from prunelab.structure.graph import Axis, Coupling, Ids, couple
 from prunelab.structure.plan import Plan
-from prunelab.structure.space import Cost, Group, Space, open_ended
+from prunelab.structure.space import Cost, Group, Ints, Space
 
 
 class ChannelSpace(Space):
     """The output channels of every convolution and hidden linear layer, grouped by what ties them together.
 
-    A group is named after the first layer that writes it. Removing a unit removes its filters, batch-norm entries and biases, and the
-    slices of every layer that reads it.
+    A group is named after the first layer that writes it. Removing a unit removes its filters, batch-norm entries and
+    biases, and the slices of every layer that reads it.
 
     Args:
         net: a network that torch.fx can trace.
@@ -52,43 +52,41 @@ class ChannelSpace(Space):
 
     def writers(self, group: str) -> list[Axis]:
         """Return the filter axes of the layers that write a group, in the order in which they run."""
-        self._known({group: None})
-        first, last = self._bounds(group)
-        return [a for a in self.coupling.axes if a.role == "out" and ((a.units >= first) & (a.units < last)).any()]
+        units = self.units(group)
+        return [a for a in self.coupling.axes if a.role == "out" and np.isin(a.units, units).any()]
 
     def filters(self, axis: Axis, group: str) -> Tensor:
         """Return the filters with which one of a group's `writers` writes it, [size, weights per filter]."""
-        first, last = self._bounds(group)
-        rows = np.flatnonzero((axis.units >= first) & (axis.units < last))
+        units = self.units(group)
+        rows = np.flatnonzero(np.isin(axis.units, units))
         rows = rows[np.argsort(axis.units[rows], kind="stable")]
         weight = self.net.get_submodule(axis.module).get_parameter(axis.tensor).detach()
-        return weight[torch.from_numpy(rows)].reshape(last - first, -1)
+        return weight[torch.from_numpy(rows)].reshape(len(units), -1)
 
-    def _bounds(self, group: str) -> tuple[int, int]:
+    def units(self, group: str) -> range:
+        """Return the numbers of a group's units."""
+        self._known({group: None})
         index = self._index[group]
         last = int(self.sizes[: index + 1].sum())
-        return last - int(self.sizes[index]), last
+        return range(last - int(self.sizes[index]), last)
 
     def shrink(self, plan: Plan) -> nn.Module:
         """Return a smaller network of the same classes: every tensor cut along its axes, every width attribute set.
 
         The tensors are cut while the network is copied, so no second full set of weights is made.
         """
-        kept = open_ended(self.gates(plan)).bool()
-        positions = {id(a.units): torch.from_numpy(a.units) for a in self.coupling.axes}
+        kept = np.append(self.gates(plan).numpy() > 0, True)  # unit -1 is never removed
         cut: dict[int, Tensor] = {}
-        for axis in self.coupling.axes:
+        for axis in sorted(self.coupling.axes, key=lambda axis: axis.dim):  # whole filters first: rows copy fastest
             tensor = getattr(self.net.get_submodule(axis.module), axis.tensor)
-            stays = kept[positions[id(axis.units)]]
-            source = cut.get(id(tensor), tensor.detach())
+            stays = kept[axis.units]
             if not stays.all():
-                cut[id(tensor)] = source.index_select(axis.dim, stays.nonzero().squeeze(1).to(tensor.device))
-        tensors = {id(t): t for t in (*self.net.parameters(), *self.net.buffers())}
-        memo = {
-            key: nn.Parameter(value, tensors[key].requires_grad) if isinstance(tensors[key], nn.Parameter) else value
-            for key, value in cut.items()
-        }
-        small = copy.deepcopy(self.net, memo)
+                positions = torch.from_numpy(np.flatnonzero(stays)).to(tensor.device)
+                cut[id(tensor)] = cut.get(id(tensor), tensor.detach()).index_select(axis.dim, positions)
+        for parameter in self.net.parameters():
+            if id(parameter) in cut:
+                cut[id(parameter)] = nn.Parameter(cut[id(parameter)], parameter.requires_grad)
+        small = copy.deepcopy(self.net, dict(cut))
         for count in self.coupling.counts:
             setattr(small.get_submodule(count.module), count.attribute, int(kept[count.units].sum()) // count.per)
         return small
@@ -99,13 +97,14 @@ def _cost(coupling: Coupling) -> Cost:
     groups = len(coupling.sizes)
     group_of = np.append(np.repeat(np.arange(groups), coupling.sizes), groups)  # unit -1 belongs to the fixed column
 
-    def channels_per_unit(units: Ids) -> np.ndarray:
+    def channels_per_unit(units: Ids | None) -> Ints:
+        if units is None:  # a grouped convolution: its MACs count per written channel
+            return np.eye(1, groups + 1, groups, dtype=np.int64)[0]
         totals = np.bincount(group_of[units], minlength=groups + 1)
         return totals // np.append(coupling.sizes, 1)
 
-    reads = [np.eye(1, groups + 1, groups, dtype=np.int64)[0] if p.reads is None else channels_per_unit(p.reads) for p in coupling.products]
-    writes = [channels_per_unit(p.writes) for p in coupling.products]
-    read, written = np.array(reads, dtype=np.int64), np.array(writes, dtype=np.int64)
+    read = np.stack([channels_per_unit(p.reads) for p in coupling.products])
+    written = np.stack([channels_per_unit(p.writes) for p in coupling.products])
     return Cost(
         per_pair=np.array([p.macs for p in coupling.products], dtype=np.int64),
         reads=read[:, :-1],

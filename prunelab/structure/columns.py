@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from prunelab.layers import ColumnConv2d
-from prunelab.structure.graph import couple
+from prunelab.structure.graph import UntraceableError, couple
 from prunelab.structure.plan import Plan
 from prunelab.structure.space import Cost, Group, Space
 
@@ -16,12 +17,15 @@ from prunelab.structure.space import Cost, Group, Space
 class ColumnSpace(Space):
     """The columns of every ungrouped convolution; a group per convolution, named after it.
 
-    Column j = (c·kh + dy)·kw + dx. Removing columns leaves every tensor between the layers as it is, so convolutions are independent
-    of each other and residual networks need no care.
+    Column j = (c·kh + dy)·kw + dx. Removing columns leaves every tensor between the layers as it is, so convolutions are
+    independent of each other and residual networks need no care.
 
     Args:
         net: a network that torch.fx can trace.
         example: an input, float [N, C, H, W]; its spatial size fixes the MACs.
+
+    Raises:
+        UntraceableError: the network cannot be traced safely, or a convolution pads in a way that `ColumnConv2d` cannot.
     """
 
     kind = "columns"
@@ -33,6 +37,11 @@ class ColumnSpace(Space):
             for p in products
             if isinstance(conv := net.get_submodule(p.module), nn.Conv2d) and conv.groups == 1 and p.kind == "conv"
         }
+        for name, conv in self.convolutions.items():
+            if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+                raise UntraceableError(
+                    f"columns of {name!r} cannot be cut: its padding must be zeros, in numbers; got {conv}"
+                )
         groups = [Group(name, conv.weight[0].numel()) for name, conv in self.convolutions.items()]
         index = {group.name: i for i, group in enumerate(groups)}
         reads = np.zeros((len(products), len(groups)), dtype=np.int64)
@@ -68,7 +77,7 @@ class ColumnSpace(Space):
         return self.convolutions[group].weight.detach().flatten(1).t()
 
     def shrink(self, plan: Plan) -> nn.Module:
-        """Return a network whose cut convolutions are `ColumnConv2d`; a convolution that keeps all columns stays as it is."""
+        """Return a network whose cut convolutions are `ColumnConv2d`; one that keeps all columns stays as it is."""
         self.check(plan)
         cut = {
             id(conv): ColumnConv2d(conv, torch.tensor(plan.keep[name], device=conv.weight.device))

@@ -1,10 +1,10 @@
 """Which channels of a network must be kept or removed together, found by tracing it once with torch.fx.
 
-Every output channel of every layer gets an id. The ids are carried along the traced graph beside the tensors' shapes (the
-run is on the meta device: no arithmetic). Where an operation forces two channels to share their fate, their ids are
-**tied**: an addition ties channel i to channel i, a grouped convolution ties all that its group reads and writes (a
-depthwise convolution is the case of one channel per group), a channel split ties position i of each part. Where channels
-cannot be removed (the network's input and output, a layer norm's statistics), their ids are **pinned**.
+Every output channel of every layer gets an id. The ids are carried along the traced graph beside the tensors' shapes
+(the run is on the meta device: no arithmetic). Where an operation forces two channels to share their fate, their ids
+are **tied**: an addition ties channel i to channel i, a grouped convolution ties all that its group reads and writes (a
+depthwise convolution is the case of one channel per group), a channel split ties position i of each part. Where
+channels cannot be removed (the network's input and output, a layer norm's statistics), their ids are **pinned**.
 
 What is left is bookkeeping: ids that are tied together are one **unit**, and units that appear in exactly the same places are
 one **group**. So a group is homogeneous: each of its units costs the same and can be ranked against the others, and
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,7 +24,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
@@ -39,8 +39,8 @@ Role = Literal["out", "in", "channel"]
 class Axis:
     """One dimension of one tensor of the network, and the unit that each position along it belongs to.
 
-    `units` holds a unit number per position, -1 where the position is never removed. `role` is "out" for the filters of a
-    layer, "in" for what it reads, "channel" for one value per channel (batch norm, bias).
+    `units` holds a unit number per position, -1 where the position is never removed. `role` is "out" for the filters of
+    a layer, "in" for what it reads, "channel" for one value per channel (batch norm, bias).
     """
 
     module: str
@@ -69,8 +69,8 @@ class Count:
 class Product:
     """A convolution or linear layer: `macs` multiply-adds for each pair of a read channel and a written channel.
 
-    A grouped convolution has no such pairs: what a group reads and writes is one unit, so `reads` is None and `macs` counts
-    per written channel.
+    A grouped convolution has no such pairs: what a group reads and writes is one unit, so `reads` is None and `macs`
+    counts per written channel.
     """
 
     module: str
@@ -141,7 +141,7 @@ def couple(net: nn.Module, example: Tensor) -> Coupling:
                 f"{type(net).__name__} cannot be traced: module {tracer.where!r} "
                 f"({type(tracer.inside).__name__}) has a forward that depends on values ({error})"
             ) from error
-        labeller = _Labeller(fx.GraphModule(net, graph))
+        labeller = _Labeller(net, graph)
         labeller.run(torch.empty((1, *example.shape[1:]), dtype=example.dtype, device="meta"))
     return labeller.coupling()
 
@@ -183,7 +183,7 @@ class _Found:
     ids: int = 0
     pinned: list[Ids] = field(default_factory=list)
     ties: list[Tie] = field(default_factory=list)
-    axes: dict[tuple[str, str, int], Axis] = field(default_factory=dict)
+    axes: dict[tuple[int, int], Axis] = field(default_factory=dict)  # by the identity of the tensor, and dimension
     counts: dict[tuple[str, str], Count] = field(default_factory=dict)
     products: list[Product] = field(default_factory=list)
     norms: dict[str, str] = field(default_factory=dict)
@@ -192,13 +192,12 @@ class _Found:
 class _Labeller(fx.Interpreter):
     """Runs a traced graph on the meta device, carrying channel ids beside the tensors."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module, garbage_collect_values=False)
+    def __init__(self, net: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(net, garbage_collect_values=False, graph=graph)
+        self.extra_traceback = False  # the message of an error says which node it is about
         self.found = _Found()
         self.channels: dict[fx.Node, Any] = {}  # Channels, or a tuple of them for chunk and split
-        self.meta = {
-            name: tensor.to("meta") for name, tensor in (*module.named_parameters(), *module.named_buffers())
-        }
+        self.meta = {id(tensor): tensor.detach().to("meta") for tensor in (*net.parameters(), *net.buffers())}
 
     # -- what the handlers below use -------------------------------------------------------------------------------
 
@@ -217,24 +216,42 @@ class _Labeller(fx.Interpreter):
 
     def axis(self, module: str, tensor: str, dim: int, role: Role, ids: Ids) -> None:
         """Say whose channels lie along a tensor's dimension; a second use of the same tensor ties the two."""
-        known = self.found.axes.setdefault((module, tensor, dim), Axis(module, tensor, dim, role, ids))
+        values: Tensor = getattr(self.fetch_attr(module) if module else self.module, tensor)
+        if id(values) not in self.meta:
+            raise self.refuse(f"{tensor!r} of module {module!r} is computed from other parameters")
+        if len(ids) != values.shape[dim]:
+            raise self.refuse(
+                f"module {module!r} reads {len(ids)} channels, but its {tensor!r} has {values.shape[dim]}"
+            )
+        known = self.found.axes.setdefault((id(values), dim), Axis(module, tensor, dim, role, ids))
         if known.units is not ids:
             self.tie("shared weights", known.units, ids)
+
+    def written(self, module: nn.Module, count: int) -> Ids:
+        """Return the ids of the channels that a layer writes: new ones the first time it is called."""
+        known = self.found.axes.get((id(module.weight), 0))
+        return known.units if known else self.fresh(count)
 
     def count(self, module: str, attribute: str, ids: Ids, per: int = 1) -> None:
         """Say that a module's attribute counts these channels."""
         self.found.counts.setdefault((module, attribute), Count(module, attribute, ids, per))
 
-    def refuse(self, what: str) -> UntraceableError:
-        return UntraceableError(
-            f"cannot cut this network safely: {what} (at {self.node.name!r}). Leave that part out of the traced network, "
-            "or replace it by operations that work channel by channel."
-        )
+    def source(self, n: fx.Node, dim: int | None = None) -> Channels:
+        """Return the channels of a node's input; with `dim`, refuse unless they lie along that dimension."""
+        node = n.all_input_nodes[0]
+        channels = self.channels.get(node)
+        if not isinstance(channels, Channels):
+            raise self.refuse(f"{_name(n)!r} reads {node.name!r}, whose channels are not known")
+        if dim is not None and channels.dim != dim % self.env[node].dim():
+            raise self.refuse(f"{_name(n)!r} works along dimension {dim}, the channels are in dimension {channels.dim}")
+        return channels
 
-    def meta_of(self, node: fx.Node) -> Tensor:
-        """The node's value as the meta run computed it."""
-        value: Tensor = self.env[node]
-        return value
+    def refuse(self, what: str) -> UntraceableError:
+        """Return the error that says what cannot be cut, and where."""
+        return UntraceableError(
+            f"cannot cut this network safely: {what} (at {self.node.name!r}). Leave that part out of the traced "
+            "network, or replace it by operations that work channel by channel."
+        )
 
     # -- running ----------------------------------------------------------------------------------------------------
 
@@ -243,24 +260,26 @@ class _Labeller(fx.Interpreter):
         self.node = n
         try:
             value = super().run_node(n)
-        except UntraceableError:
-            raise
         except Exception as error:
-            raise ValueError(f"the network does not accept an input of the example's shape: {n.name!r}: {error}") from error
+            raise ValueError(
+                f"the network does not accept an input of the example's shape: {_name(n)!r} (at {n.name!r}): {error}"
+            ) from None
         self.env[n] = value
         self.channels[n] = self._channels_of(n, value)
         return value
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Read a parameter as a meta tensor."""
-        return self.meta[target] if target in self.meta else super().get_attr(target, args, kwargs)
+        value = super().get_attr(target, args, kwargs)
+        return self.meta.get(id(value), value)
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Call a layer with meta parameters."""
+        """Call a layer with meta parameters; the result of most needs no call, having the shape of their input."""
         module = self.fetch_attr(target)
-        tensors = dict((*module.named_parameters(), *module.named_buffers()))
-        meta = {name: self.meta.get(f"{target}.{name}", tensor) for name, tensor in tensors.items()}
-        return torch.func.functional_call(module, meta, args, kwargs)
+        if args and isinstance(module, _SAME_SHAPE):
+            return args[0]
+        tensors = (*module.named_parameters(), *module.named_buffers())
+        return torch.func.functional_call(module, {name: self.meta[id(t)] for name, t in tensors}, args, kwargs)
 
     def _channels_of(self, n: fx.Node, value: Any) -> Any:
         if n.op == "placeholder":
@@ -283,10 +302,9 @@ class _Labeller(fx.Interpreter):
         carried = any(self.channels.get(source) is not None for source in n.all_input_nodes)
         if not carried or not all(isinstance(tensor, Tensor) for tensor in tensors):
             return None  # sizes, devices and other plain values
-        key = n.target if n.op == "call_function" else str(n.target)
-        function = _FUNCTIONS.get(key) or _FUNCTIONS.get(getattr(key, "__name__", ""))
+        function = _FUNCTIONS.get(_name(n))
         if function is None:
-            raise self.refuse(f"operation {getattr(key, '__name__', key)!r} is not known to prunelab")
+            raise self.refuse(f"operation {_name(n)!r} is not known to prunelab")
         return function(self, n, value)
 
     def _parameter(self, name: str, value: Any) -> Channels | None:
@@ -297,7 +315,7 @@ class _Labeller(fx.Interpreter):
         if not long:
             return None
         module, _, tensor = name.rpartition(".")
-        known = self.found.axes.get((module, tensor, long[0]))
+        known = self.found.axes.get((id(self.fetch_attr(name)), long[0]))
         ids = known.units if known else self.fresh(value.shape[long[0]])
         if len(long) > 1:
             self.pin(ids)
@@ -315,39 +333,37 @@ class _Labeller(fx.Interpreter):
 
     def coupling(self) -> Coupling:
         """Merge tied ids to units, drop the pinned ones, and gather units with the same places into groups."""
-        found = self.found
-        first = np.concatenate([tie.first for tie in found.ties] or [self.fresh(0)])
-        second = np.concatenate([tie.second for tie in found.ties] or [self.fresh(0)])
-        links = coo_matrix((np.ones(len(first)), (first, second)), shape=(found.ids, found.ids))
+        found, none = self.found, [np.empty(0, np.int64)]
+        first = np.concatenate([tie.first for tie in found.ties] or none)
+        second = np.concatenate([tie.second for tie in found.ties] or none)
+        links = coo_matrix((np.ones(len(first), bool), (first, second)), shape=(found.ids, found.ids))
         count, unit_of = connected_components(links, directed=False)
 
         axes = list(found.axes.values())
-        places = np.zeros((count, len(axes)), dtype=np.int64)  # how often a unit appears along an axis
-        for column, axis in enumerate(axes):
-            np.add.at(places[:, column], unit_of[axis.units], 1)
-        writers = [column for column, axis in enumerate(axes) if axis.role == "out"]
-        free = places[:, writers].any(axis=1)
+        places = np.stack([np.bincount(unit_of[axis.units], minlength=count) for axis in axes], axis=1)  # [units, axes]
+        writers = np.array([axis.role == "out" for axis in axes])
+        free = places[:, writers].sum(axis=1) > 0
         free[unit_of[np.concatenate(found.pinned)]] = False
 
-        # A stable numbering: groups in the order in which their first channel is written, units in the order of their first id.
-        leader = np.full(count, found.ids)
-        np.minimum.at(leader, unit_of, np.arange(found.ids))
+        # A stable numbering: units in the order of their first id, groups in the order of their first unit.
+        _, leaders = np.unique(unit_of, return_index=True)
         groups: dict[bytes, list[int]] = {}
-        for unit in np.argsort(leader):
+        for unit in np.argsort(leaders):
             if free[unit]:
-                groups.setdefault(places[unit].tobytes(), []).append(int(unit))
-
-        number = np.full(count + 1, -1)
-        number[np.concatenate([np.array(units) for units in groups.values()] or [np.array([], int)])] = np.arange(free.sum())
+                groups.setdefault(places[unit].tobytes(), []).append(unit)
+        number = np.full(count, -1)
+        number[[unit for units in groups.values() for unit in units]] = np.arange(free.sum())
         unit_number = number[unit_of]
+
         names: list[str] = []
+        written: Counter[str] = Counter()
         for units in groups.values():
-            writer = axes[next(column for column in writers if places[units[0], column])].module
-            repeats = sum(name.split("#")[0] == writer for name in names)
-            names.append(f"{writer}#{repeats + 1}" if repeats else writer)
+            writer = axes[np.flatnonzero(places[units[0]] * writers)[0]].module
+            written[writer] += 1
+            names.append(f"{writer}#{written[writer]}" if written[writer] > 1 else writer)
 
         def numbered(ids: Ids) -> Ids:
-            return np.asarray(unit_number[ids])
+            return unit_number[ids]
 
         return Coupling(
             names=tuple(names),
@@ -363,59 +379,52 @@ class _Labeller(fx.Interpreter):
         )
 
 
-# -- modules: each handler returns the channels of the module's output --------------------------------------------------
+# -- modules: each handler returns the channels of the module's output -------------------------------------------------
 
 
 def _conv(run: _Labeller, n: fx.Node, conv: nn.Module, value: Tensor) -> Channels:
     assert isinstance(conv, nn.Conv2d)
-    name, read = str(n.target), run.channels[n.args[0]].ids
-    known = run.found.axes.get((name, "weight", 0))
-    written = known.units if known else run.fresh(conv.out_channels)
-    positions = math.prod(value.shape[2:]) * math.prod(conv.kernel_size)
+    name, read = str(n.target), run.source(n, -3).ids
+    written = run.written(conv, conv.out_channels)
+    positions = math.prod(value.shape[-2:]) * math.prod(conv.kernel_size)
     if conv.groups == 1:
         run.axis(name, "weight", 1, "in", read)
-        run.count(name, "in_channels", read)
         run.found.products.append(Product(name, "conv", positions, read, written))
     else:
         reads, writes = read.reshape(conv.groups, -1), written.reshape(conv.groups, -1)
         together = np.concatenate([reads, writes], axis=1)
         run.tie("grouped convolution", together[:, :-1].ravel(), together[:, 1:].ravel())
-        run.count(name, "in_channels", read)
         run.count(name, "groups", written, per=writes.shape[1])
         run.found.products.append(Product(name, "conv", positions * reads.shape[1], None, written))
-    run.axis(name, "weight", 0, "out", written)
-    run.count(name, "out_channels", written)
-    if conv.bias is not None:
-        run.axis(name, "bias", 0, "channel", written)
-    return Channels(written, 1)
+    run.count(name, "in_channels", read)
+    return _written(run, name, conv, "out_channels", Channels(written, value.dim() - 3))
 
 
 def _linear(run: _Labeller, n: fx.Node, linear: nn.Module, value: Tensor) -> Channels:
     assert isinstance(linear, nn.Linear)
-    source = run.channels[n.args[0]]
-    if source.dim != value.dim() - 1:
-        raise run.refuse(f"linear layer {n.target!r} does not work along the channels")
-    name, read = str(n.target), source.ids
-    known = run.found.axes.get((name, "weight", 0))
-    written = known.units if known else run.fresh(linear.out_features)
+    name, read = str(n.target), run.source(n, -1).ids
+    written = run.written(linear, linear.out_features)
     run.axis(name, "weight", 1, "in", read)
-    run.axis(name, "weight", 0, "out", written)
-    run.count(name, "in_features", read)
-    run.count(name, "out_features", written)
-    if linear.bias is not None:
-        run.axis(name, "bias", 0, "channel", written)
     run.found.products.append(Product(name, "linear", math.prod(value.shape[1:-1]), read, written))
-    return Channels(written, value.dim() - 1)
+    run.count(name, "in_features", read)
+    return _written(run, name, linear, "out_features", Channels(written, value.dim() - 1))
+
+
+def _written(run: _Labeller, name: str, layer: nn.Module, attribute: str, channels: Channels) -> Channels:
+    run.axis(name, "weight", 0, "out", channels.ids)
+    run.count(name, attribute, channels.ids)
+    if layer.bias is not None:
+        run.axis(name, "bias", 0, "channel", channels.ids)
+    return channels
 
 
 def _batch_norm(run: _Labeller, n: fx.Node, norm: nn.Module, value: Tensor) -> Channels:
-    channels: Channels = run.channels[n.args[0]]
+    channels = run.source(n, 1)
     for tensor in ("weight", "bias", "running_mean", "running_var"):
         if getattr(norm, tensor) is not None:
             run.axis(str(n.target), tensor, 0, "channel", channels.ids)
     run.count(str(n.target), "num_features", channels.ids)
-    source = n.args[0]
-    assert isinstance(source, fx.Node)
+    source = n.all_input_nodes[0]
     if source.op == "call_module" and len(source.users) == 1:
         run.found.norms[str(source.target)] = str(n.target)
     return channels
@@ -423,18 +432,26 @@ def _batch_norm(run: _Labeller, n: fx.Node, norm: nn.Module, value: Tensor) -> C
 
 def _across_channels(run: _Labeller, n: fx.Node, module: nn.Module, value: Tensor) -> Channels:
     """A module whose output at one channel depends on the others: none of them can go."""
-    channels: Channels = run.channels[n.args[0]]
-    run.pin(channels.ids)
-    return channels
+    return _pin_source(run, n, value)
 
 
 def _same(run: _Labeller, n: fx.Node, module: nn.Module, value: Tensor) -> Channels:
-    channels: Channels = run.channels[n.args[0]]
+    return run.source(n)
+
+
+def _over_space(run: _Labeller, n: fx.Node, module: nn.Module, value: Tensor) -> Channels:
+    return run.source(n, -3)
+
+
+def _shape_module(run: _Labeller, n: fx.Node, module: nn.Module, value: Tensor) -> Channels:
+    channels = _reshaped(run, n, module)
+    assert isinstance(channels, Channels)
     return channels
 
 
-def _shape_module(run: _Labeller, n: fx.Node, module: nn.Module, value: Tensor) -> Any:
-    return _reshaped(run, n, module)
+def _unflatten(run: _Labeller, n: fx.Node, module: nn.Module, value: Tensor) -> Channels:
+    run.pin(run.source(n).ids)  # its sizes are written into the module
+    return _shape_module(run, n, module, value)
 
 
 def _zero_pad(run: _Labeller, n: fx.Node, pad: nn.Module, value: Tensor) -> Channels:
@@ -442,80 +459,93 @@ def _zero_pad(run: _Labeller, n: fx.Node, pad: nn.Module, value: Tensor) -> Chan
     before, after = run.fresh(pad.before), run.fresh(pad.after)
     run.count(str(n.target), "before", before)
     run.count(str(n.target), "after", after)
-    return Channels(np.concatenate([before, run.channels[n.args[0]].ids, after]), 1)
+    return Channels(np.concatenate([before, run.source(n, 1).ids, after]), 1)
 
 
-_MODULES: dict[type[nn.Module], Callable[[_Labeller, fx.Node, nn.Module, Any], Any]] = {
+_ELEMENTWISE_MODULES = (
+    nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid,
+    nn.Tanh, nn.Softplus, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Dropout, nn.Dropout2d,
+)  # fmt: skip
+_ACROSS_CHANNELS = (nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.Softmax, nn.LogSoftmax)
+_SAME_SHAPE = (nn.modules.batchnorm._BatchNorm, *_ELEMENTWISE_MODULES, *_ACROSS_CHANNELS)
+
+_MODULES: dict[type[nn.Module], Callable[[_Labeller, fx.Node, nn.Module, Any], Channels]] = {
     nn.Conv2d: _conv,
     nn.Linear: _linear,
     nn.modules.batchnorm._BatchNorm: _batch_norm,
     ZeroPadChannels: _zero_pad,
     nn.Flatten: _shape_module,
-    nn.Unflatten: _shape_module,
-    **dict.fromkeys((nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.Softmax, nn.LogSoftmax), _across_channels),
+    nn.Unflatten: _unflatten,
+    **dict.fromkeys(_ACROSS_CHANNELS, _across_channels),
+    **dict.fromkeys(_ELEMENTWISE_MODULES, _same),
     **dict.fromkeys(
         (
-            nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid,
-            nn.Tanh, nn.Softplus, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Dropout, nn.Dropout2d, nn.MaxPool2d,
-            nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.LPPool2d, nn.ZeroPad2d, nn.ReflectionPad2d,
-            nn.ReplicationPad2d, nn.Upsample,
+            nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.LPPool2d, nn.ZeroPad2d,
+            nn.ReflectionPad2d, nn.ReplicationPad2d, nn.Upsample,
         ),
-        _same,
+        _over_space,
     ),
 }  # fmt: skip
 
 
-# -- functions and methods ------------------------------------------------------------------------------------------------
+# -- functions and methods ---------------------------------------------------------------------------------------------
 
 
-def _elementwise(run: _Labeller, n: fx.Node, value: Tensor) -> Channels | None:
+def _elementwise(run: _Labeller, n: fx.Node, value: Tensor) -> Channels:
     """Channel i of the result comes from channel i of every operand, so they share their fate."""
-    operands = [(run.channels[a], run.meta_of(a)) for a in n.all_input_nodes if run.channels.get(a) is not None]
-    aligned = [(c.ids, c.dim - tensor.dim()) for c, tensor in operands]  # dimensions counted from the right, as in broadcasting
-    widest = max(aligned, key=lambda pair: len(pair[0]))
-    for ids, dim in aligned:
-        if dim == widest[1] and len(ids) == len(widest[0]):
-            if ids is not widest[0]:
-                run.tie(_name(n), widest[0], ids)
+    operands = [(run.channels.get(a), run.env[a]) for a in n.all_input_nodes]
+    # Dimensions are counted from the right, as in broadcasting.
+    carried = [(c.ids, c.dim - tensor.dim()) for c, tensor in operands if isinstance(c, Channels)]
+    if not carried:
+        raise run.refuse(f"{_name(n)!r} of a list of tensors")
+    widest, dim = max(carried, key=lambda pair: len(pair[0]))
+    for ids, place in carried:
+        if place == dim and len(ids) == len(widest):
+            if ids is not widest:
+                run.tie(_name(n), widest, ids)
         elif len(ids) == 1:
             run.pin(ids)  # one map that gates or shifts all channels
         else:
             raise run.refuse(f"{_name(n)!r} mixes channels of different dimensions")
-    return Channels(widest[0], value.dim() + widest[1])
+    for channels, other in operands:
+        if channels is None and isinstance(other, int | float):
+            raise run.refuse(f"{_name(n)!r} computes with the size of a tensor")
+        if channels is None and isinstance(other, Tensor) and other.dim() >= -dim and other.shape[dim] > 1:
+            run.pin(widest)  # a constant with one value per channel
+    return Channels(widest, value.dim() + dim)
 
 
 def _concatenate(run: _Labeller, n: fx.Node, value: Tensor) -> Channels:
-    sources = [run.channels[a] for a in n.all_input_nodes]
-    arguments = (*n.args[1:], *n.kwargs.values())
-    dim = next((a for a in arguments if isinstance(a, int)), 0) % value.dim()
-    if dim == sources[0].dim:
-        order = n.args[0] if n.args else n.kwargs["tensors"]
-        return Channels(np.concatenate([run.channels[a].ids for a in order]), dim)  # type: ignore[union-attr]
-    return _elementwise(run, n, value) or sources[0]
+    parts: Any = n.args[0] if n.args else n.kwargs["tensors"]
+    found = [run.channels.get(part) for part in parts]
+    known = [channels for channels in found if isinstance(channels, Channels)]
+    if len(known) < len(found):
+        raise run.refuse(f"{_name(n)!r} of a tensor whose channels are not known")
+    given: Any = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim", n.kwargs.get("axis", 0))
+    if any(channels.dim != given % value.dim() for channels in known):
+        return _elementwise(run, n, value)
+    return Channels(np.concatenate([channels.ids for channels in known]), given % value.dim())
 
 
 def _reduce(run: _Labeller, n: fx.Node, value: Tensor) -> Channels | None:
     """A mean or maximum over dimensions: free over space, pinned over channels."""
-    source, before = run.channels[n.args[0]], run.meta_of(n.args[0])  # type: ignore[arg-type]
-    given = n.kwargs.get("dim", n.args[1] if len(n.args) > 1 else None)
-    dims = range(before.dim()) if given is None else (given,) if isinstance(given, int) else tuple(given)  # type: ignore[arg-type]
-    dims = {dim % before.dim() for dim in dims}
-    if source.dim in dims:
+    source, rank = run.source(n), run.env[n.all_input_nodes[0]].dim()
+    given: Any = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim")
+    reduced = {d % rank for d in (range(rank) if given is None else (given,) if isinstance(given, int) else given)}
+    if source.dim in reduced:
         run.pin(source.ids)
         return None
-    gone = 0 if value.dim() == before.dim() else sum(dim < source.dim for dim in dims)
-    return Channels(source.ids, source.dim - gone)
+    return Channels(source.ids, source.dim - (value.dim() < rank) * sum(d < source.dim for d in reduced))
 
 
 def _pin_source(run: _Labeller, n: fx.Node, value: Tensor) -> Channels:
-    channels: Channels = run.channels[n.args[0]]
+    channels = run.source(n)
     run.pin(channels.ids)
     return channels
 
 
-def _pass(run: _Labeller, n: fx.Node, value: Tensor) -> Channels:
-    channels: Channels = run.channels[n.args[0]]
-    return channels
+def _pool(run: _Labeller, n: fx.Node, value: Tensor) -> Channels:
+    return run.source(n, -3)
 
 
 def _shape_function(run: _Labeller, n: fx.Node, value: Any) -> Any:
@@ -523,34 +553,53 @@ def _shape_function(run: _Labeller, n: fx.Node, value: Any) -> Any:
         if n.op == "call_method":
             method = "reshape" if n.target == "view" else str(n.target)  # the ids' strides are not the tensor's
             return getattr(args[0], method)(*args[1:], **kwargs)
-        return n.target(*args, **kwargs)  # type: ignore[operator]
+        assert callable(n.target)
+        return n.target(*args, **kwargs)
 
     return _reshaped(run, n, call)
 
 
-def _reshaped(run: _Labeller, n: fx.Node, call: Callable[..., Any]) -> Any:
+def _fixed_size(run: _Labeller, n: fx.Node, value: Any) -> Any:
+    """A reshape: where its arguments give the number of channels as a plain number, that number cannot change."""
+    channels = _shape_function(run, n, value)
+    sizes: Any = n.args[1:] or tuple(n.kwargs.values())
+    sizes = sizes[0] if sizes and isinstance(sizes[0], tuple | list) else sizes
+    if isinstance(sizes[channels.dim], int) and sizes[channels.dim] != -1:
+        run.pin(channels.ids)
+    return channels
+
+
+def _fixed_sections(run: _Labeller, n: fx.Node, value: Any) -> Any:
+    """A split or unflatten, whose arguments are numbers of channels."""
+    if not any(isinstance(run.env[a], int) for a in n.all_input_nodes[1:]):
+        run.pin(run.source(n).ids)
+    return _shape_function(run, n, value)
+
+
+def _reshaped(run: _Labeller, n: fx.Node, call: Callable[..., Any]) -> Channels | tuple[Channels, ...]:
     """Do to the ids what the operation does to the tensor, and read off where they ended up."""
-    source = n.args[0]
-    assert isinstance(source, fx.Node)
-    if isinstance(run.channels[source], tuple):  # picking one part of a split
-        return run.channels[source][n.args[1]]
+    parts = run.channels[n.all_input_nodes[0]]
+    if isinstance(parts, tuple):  # picking one part of a split
+        part: Any = n.args[1]
+        return parts[part]
 
     def ids_or_value(node: fx.Node) -> Any:
         known = run.channels.get(node)
-        return run.env[node] if known is None else known.spread(run.meta_of(node).shape)
+        return run.env[node] if known is None else known.spread(run.env[node].shape)
 
+    source = run.source(n)
     result = call(*fx.node.map_arg(n.args, ids_or_value), **fx.node.map_arg(n.kwargs, ids_or_value))
     if isinstance(result, tuple | list):
-        parts = tuple(_read_off(run, part) for part in result)
-        for part in parts[1:]:
-            if len(part.ids) != len(parts[0].ids):
-                run.pin(np.concatenate([p.ids for p in parts]))
-                break
-            run.tie("channel split", parts[0].ids, part.ids)
-        return parts
+        sections = tuple(_read_off(run, section) for section in result)
+        if len({len(section.ids) for section in sections}) > 1:
+            run.pin(source.ids)
+        else:
+            for section in sections[1:]:
+                run.tie("channel split", sections[0].ids, section.ids)
+        return sections
     channels = _read_off(run, result)
-    if n.target is operator.getitem and len(channels.ids) != len(run.channels[source].ids):
-        run.pin(run.channels[source].ids)  # a slice with fixed bounds
+    if n.target is operator.getitem and not np.array_equal(channels.ids, source.ids):
+        run.pin(source.ids)  # channels picked by fixed indices
     return channels
 
 
@@ -558,51 +607,45 @@ def _read_off(run: _Labeller, ids: Tensor) -> Channels:
     """Find the dimension along which the ids change; two of them mean that channels were split into sections."""
     changing = [
         dim
-        for dim in range(1, ids.dim())
+        for dim in range(ids.dim())
         if ids.shape[dim] > 1 and ids.stride(dim) and bool((ids.narrow(dim, 0, 1) != ids).any())
     ]
-    while len(changing) > 1:
-        dim = changing.pop(0)
-        first = ids.narrow(dim, 0, 1).expand_as(ids)
-        run.tie("channel sections", first.numpy().ravel(), ids.numpy().ravel())
-        ids = first
-    dim = changing[0] if changing else min(1, ids.dim() - 1)
-    index: list[Any] = [0] * ids.dim()
-    index[dim] = slice(None)
-    return Channels(ids[tuple(index)].numpy().copy(), dim)
+    dim = changing[-1] if changing else min(1, ids.dim() - 1)
+    kept = sorted({*changing, dim})
+    numbers = ids[tuple(slice(None) if d in kept else 0 for d in range(ids.dim()))].numpy()
+    numbers = numbers.reshape(-1, ids.shape[dim]).copy()  # [sections, channels]
+    for section in numbers[1:]:
+        run.tie("channel sections", numbers[0], section)
+    return Channels(numbers[0], dim)
 
 
 def _name(n: fx.Node) -> str:
     return getattr(n.target, "__name__", str(n.target))
 
 
-# Functions are looked up by identity, then by name; methods by name. In-place names are listed where torchvision uses them.
-_FUNCTIONS: dict[Any, Callable[[_Labeller, fx.Node, Any], Any]] = {
+# Functions and methods by name. In-place names are listed where torchvision uses them.
+_FUNCTIONS: dict[str, Callable[[_Labeller, fx.Node, Any], Any]] = {
     **dict.fromkeys(
         (
-            "add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "iadd", "isub", "imul", "truediv", "neg", "abs", "exp",
-            "sqrt", "square", "pow", "clamp", "relu", "relu_", "relu6", "leaky_relu", "elu", "gelu", "silu", "mish", "sigmoid",
-            "tanh", "softplus", "hardswish", "hardsigmoid", "hardtanh", "dropout", "dropout2d", "stochastic_depth", "maximum",
-            "minimum", "clone", "contiguous", "float", "double", "to", "type_as", "detach",
+            "add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "iadd", "isub", "imul", "truediv", "neg", "abs",
+            "exp", "sqrt", "rsqrt", "square", "pow", "clamp", "relu", "relu_", "relu6", "leaky_relu", "elu", "gelu",
+            "silu", "mish", "sigmoid", "tanh", "softplus", "hardswish", "hardsigmoid", "hardtanh", "dropout", "dropout2d",
+            "stochastic_depth", "maximum", "minimum", "clone", "contiguous", "float", "double", "to", "type_as",
+            "detach",
         ),
         _elementwise,
     ),
     **dict.fromkeys(("cat", "concat"), _concatenate),
     **dict.fromkeys(("mean", "sum", "amax", "amin"), _reduce),
     **dict.fromkeys(
-        (
-            "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "boolean_dispatch", "interpolate",
-        ),
-        _pass,
+        ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "interpolate"), _pool
     ),
-    F.max_pool2d: _pass,
-    F.adaptive_max_pool2d: _pass,
-    **dict.fromkeys(("layer_norm", "group_norm", "softmax", "log_softmax", "normalize", "local_response_norm"), _pin_source),
     **dict.fromkeys(
-        (
-            "flatten", "view", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "chunk", "split", "getitem",
-            "unflatten", "movedim", "expand",
-        ),
-        _shape_function,
+        ("layer_norm", "group_norm", "softmax", "log_softmax", "normalize", "local_response_norm"), _pin_source
+    ),
+    **dict.fromkeys(("view", "reshape", "expand"), _fixed_size),
+    **dict.fromkeys(("split", "unflatten"), _fixed_sections),
+    **dict.fromkeys(
+        ("flatten", "permute", "transpose", "squeeze", "unsqueeze", "chunk", "getitem", "movedim"), _shape_function
     ),
 }  # fmt: skip

@@ -7,8 +7,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from operator import index
 from pathlib import Path
-from types import MappingProxyType
 
 from prunelab._files import write_atomically
 
@@ -34,11 +34,8 @@ class Plan:
         for name, size in self.sizes.items():
             kept = self.keep[name]
             if not kept or list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= size:
-                raise ValueError(
-                    f"plan, group {name!r}: kept indices must be sorted, distinct, at least one, in [0, {size}); got {kept}"
-                )
-        object.__setattr__(self, "sizes", MappingProxyType(dict(self.sizes)))
-        object.__setattr__(self, "keep", MappingProxyType(dict(self.keep)))
+                legal = f"kept indices must be sorted, distinct, at least one, in [0, {size})"
+                raise ValueError(f"plan, group {name!r}: {legal}; got {kept}")
 
     @cached_property
     def widths(self) -> dict[str, int]:
@@ -55,14 +52,15 @@ class Plan:
         """Read a saved plan.
 
         Raises:
+            FileNotFoundError: there is no such file.
             ValueError: the file is not a plan; it is named, with what is wrong.
         """
         try:
             content = json.loads(Path(path).read_text())
-            keep = {str(name): tuple(int(i) for i in kept) for name, kept in content["keep"].items()}
-            return cls(str(content["space"]), {str(k): int(v) for k, v in content["sizes"].items()}, keep)
+            keep = {name: tuple(map(index, kept)) for name, kept in content["keep"].items()}
+            return cls(str(content["space"]), {name: index(size) for name, size in content["sizes"].items()}, keep)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{path} is not a saved plan: {type(error).__name__}: {error}") from error
+            raise ValueError(f"{path} is not a saved plan: {type(error).__name__}: {error}") from None
 
     def __repr__(self) -> str:
         """Show the widths, not the indices."""

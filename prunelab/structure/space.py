@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Integral
 from typing import Literal, get_args
 
 import numpy as np
@@ -57,18 +58,18 @@ def check_scope(scope: str) -> None:
 def kept_count(size: int, share: Share) -> int:
     """How many of `size` units a share keeps: an int is a count, a fraction f in (0, 1] keeps max(1, floor(f·size)).
 
-    The product is exact: 0.1 means one tenth, not the binary number next to it, so that 1 - 0.9 of 320 keeps 32.
+    The product is exact: 0.1 means one tenth, not the binary number next to it, so that 0.7 of 10 keeps 7.
+
+    Raises:
+        ValueError: a fraction outside (0, 1], or a count outside [1, size].
     """
-    if isinstance(share, int) and not isinstance(share, bool):
-        count = share
-    else:
-        fraction = Fraction(str(share))
-        if not 0 < fraction <= 1:
-            raise ValueError(f"share {share}: a kept fraction must be in (0, 1]; a kept count must be an int")
-        count = max(1, int(size * fraction))
-    if not 1 <= count <= size:
-        raise ValueError(f"share {share}: a group of {size} keeps between 1 and {size} units")
-    return count
+    if isinstance(share, Integral):
+        if not 1 <= share <= size:
+            raise ValueError(f"share {share}: a group of {size} keeps between 1 and {size} units")
+        return int(share)
+    if not 0 < share <= 1:
+        raise ValueError(f"share {share}: a kept fraction must be in (0, 1]; a kept count must be an int")
+    return max(1, int(size * Fraction(str(share))))
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Cost:
         return np.asarray((reads * writes) @ per_pair)
 
     def per_unit(self, widths: Ints) -> Ints:
-        """Return the MACs that compute one unit of each group, [groups], in a network of these widths (readers not counted)."""
+        """Return the MACs that compute one unit of each group, [groups], at these widths; its readers are not counted."""
         return np.asarray((self.per_pair * (widths @ self.reads.T + self.reads_fixed)) @ self.writes)
 
 
@@ -101,7 +102,8 @@ class Space(ABC):
     """A network and the units that can be removed from it; the network itself is never changed.
 
     Units are numbered through all groups in order. `gates`, one number per unit, are the common currency: a plan is a
-    gate of ones and zeros, SPP's sampled masks are gates, and `apply_gates` multiplies them into every parameter that a unit owns.
+    gate of ones and zeros, SPP's sampled masks are gates, and `apply_gates` multiplies them into every parameter that a
+    unit owns.
     """
 
     kind: str  # the name of the space in a saved plan
@@ -113,6 +115,7 @@ class Space(ABC):
         self.groups = tuple(groups)
         self.cost = cost
         self.sizes = np.array([group.size for group in self.groups], dtype=np.int64)
+        self._sizes = {group.name: group.size for group in self.groups}
         self._index = {group.name: i for i, group in enumerate(self.groups)}
         self._group_of = np.repeat(np.arange(len(self.groups)), self.sizes)
 
@@ -122,8 +125,8 @@ class Space(ABC):
     def owned(self, net: nn.Module) -> list[tuple[nn.Parameter, list[Tensor]]]:
         """List the parameters of `net`, a copy of this space's network, that units own a part of.
 
-        With each come one or more int64 tensors of unit numbers that broadcast to the parameter's shape: entry by entry, whose it is.
-        A unit number of -1 stands for what is never removed.
+        With each come one or more int64 tensors of unit numbers that broadcast to the parameter's shape: entry by entry,
+        whose it is. A unit number of -1 stands for what is never removed.
         """
 
     @abstractmethod
@@ -154,12 +157,14 @@ class Space(ABC):
 
         Args:
             scores: {group: [size]}; with a budget, units of score +inf are never removed.
-            target: a budget; or what each group keeps, as {group: share} (groups not named stay whole) or a list in the order
-                of `groups`. A share is a count (int) or a fraction.
-            ranking: with a budget, "layer" removes the same fraction of every group, "global" compares scores across groups.
+            target: a budget; or what each group keeps, as {group: share} (groups not named stay whole) or a list in the
+                order of `groups`. A share is a count (int) or a fraction.
+            ranking: with a budget, "layer" removes the same fraction of every group, "global" compares scores across
+                groups.
 
         Raises:
-            ValueError: a budget below what must stay (one unit per group), a list of the wrong length, an unknown group, an illegal share.
+            ValueError: a budget below what must stay (one unit per group), a list of the wrong length, an unknown
+                group, an illegal share, scores that do not fit the groups.
         """
         scores = self._checked(scores)
         if isinstance(target, Budget):
@@ -178,7 +183,7 @@ class Space(ABC):
         whole = {group.name: tuple(range(group.size)) for group in self.groups}
         return Plan(
             self.kind,
-            {group.name: group.size for group in self.groups},
+            dict(self._sizes),
             whole | {name: tuple(sorted(map(int, kept))) for name, kept in keep.items()},
         )
 
@@ -198,9 +203,8 @@ class Space(ABC):
 
     def check(self, plan: Plan) -> None:
         """Raise ValueError unless the plan was made for a space like this one."""
-        sizes = {group.name: group.size for group in self.groups}
-        if plan.space != self.kind or plan.sizes != sizes:
-            ours = ", ".join(f"{name}: {size}" for name, size in sizes.items())
+        if plan.space != self.kind or plan.sizes != self._sizes:
+            ours = ", ".join(f"{name}: {size}" for name, size in self._sizes.items())
             raise ValueError(f"{plan} does not fit this network, which has {self.kind} {{{ours}}}")
 
     # -- masks ------------------------------------------------------------------------------------------------------
@@ -267,8 +271,8 @@ class Space(ABC):
         if smallest > allowed:
             least = smallest / self.macs(scope=budget.scope)
             raise ValueError(
-                f"budget macs={budget.macs} ({budget.scope}) cannot be met: one unit per group, and every unit of infinite "
-                f"score, must stay, which keeps {least:.4f} of the MACs"
+                f"budget macs={budget.macs} ({budget.scope}) cannot be met: one unit per group and every "
+                f"unit of infinite score must stay, which keeps {least:.4f} of the MACs"
             )
         low, high = 0, len(order)  # the budget is met after removing `high` units
         while low < high:

@@ -1,0 +1,246 @@
+"""What the papers claim and how each claim is tested here: one TOML file per notebook, read into plain data."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+from prunelab.experiments import EFFORTS, Experiment
+from prunelab.structure.space import Scope
+
+__all__ = ["METRICS", "RULES", "Arm", "Claim", "Number", "Paper", "Setting", "load", "load_all"]
+
+FOLDER = Path(__file__).parent
+
+Rule = Literal["better", "not worse"]
+RULES: tuple[str, ...] = get_args(Rule)
+METRICS = tuple(f"{split}_{stage}" for split in ("val", "test") for stage in ("cut", "recalibrated", "tuned"))
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number that the paper itself reports.
+
+    Attributes:
+        what: network, data set and what was measured.
+        value: as printed in the paper.
+        unit: of the value.
+        source: where it was read: table, page or abstract.
+        headline: whether the verdict table shows it.
+    """
+
+    what: str
+    value: float
+    unit: str
+    source: str
+    headline: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.value:g} {self.unit} ({self.what})"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the recorded rows were measured on: the fields of `Experiment`, budgets in falling order, seeds 0 to seeds − 1."""
+
+    dataset: str
+    model: str
+    scope: Scope
+    macs: tuple[float, ...]
+    effort: str
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One side of a comparison: a method with its hyper-parameters, some of which may depend on the effort."""
+
+    label: str
+    method: str
+    parameters: Mapping[str, Any]
+    by_effort: Mapping[str, Mapping[str, Any]]
+
+    def parameters_for(self, effort: str) -> dict[str, Any]:
+        """Return the hyper-parameters at an effort."""
+        return {**self.parameters, **self.by_effort.get(effort, {})}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence that the rows decide, by paired differences treatment − control over seeds; see `report.verdict`.
+
+    Attributes:
+        id: short name, unique in the paper.
+        text: the sentence.
+        rule: "better", or "not worse" by more than `margin`.
+        treatment: the arm that the sentence praises.
+        controls: the arms it is compared with.
+        metric: a column of the rows, in percent.
+        margin: in points; only for "not worse".
+        macs: the budgets that the sentence is about; None: all that were run.
+        headline: whether the paper's headline number stands beside it.
+    """
+
+    id: str
+    text: str
+    rule: Rule
+    treatment: str
+    controls: tuple[str, ...]
+    metric: str = "test_tuned"
+    margin: float = 0.0
+    macs: tuple[float, ...] | None = None
+    headline: bool = False
+
+
+@dataclass(frozen=True)
+class Paper:
+    """One paper: its claim in a sentence, its own numbers, and the comparison that tests it here."""
+
+    notebook: str
+    system: str
+    reference: str
+    sentence: str
+    numbers: tuple[Number, ...]
+    setting: Setting
+    arms: Mapping[str, Arm]
+    claims: tuple[Claim, ...]
+
+    @property
+    def number(self) -> str:
+        """The notebook's number, two digits."""
+        return self.notebook[:2]
+
+    @property
+    def headline(self) -> Number | None:
+        """The paper's own number that the verdict table shows."""
+        return next((number for number in self.numbers if number.headline), None)
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """What figures and tables call each arm."""
+        return {name: arm.label for name, arm in self.arms.items()}
+
+    def experiments(
+        self,
+        *,
+        dataset: str | None = None,
+        model: str | None = None,
+        effort: str | None = None,
+        seeds: int | None = None,
+        macs: Sequence[float] | None = None,
+    ) -> dict[tuple[str, float, int], Experiment]:
+        """Return the experiments of every arm at every budget with every seed, by (arm, budget, seed).
+
+        None means the recorded setting. The dense arm appears once a seed, at budget 1.
+
+        Raises:
+            ValueError: a value is not legal; the legal ones are named.
+        """
+        dataset, model = dataset or self.setting.dataset, model or self.setting.model
+        effort = effort or self.setting.effort
+        found = {}
+        for name, arm in self.arms.items():
+            dense = arm.method == "dense"
+            for budget in (1.0,) if dense else macs or self.setting.macs:
+                for seed in range(self.setting.seeds if seeds is None else seeds):
+                    found[name, float(budget), seed] = Experiment(
+                        dataset=dataset,
+                        model=model,
+                        method=arm.method,
+                        parameters=tuple(arm.parameters_for(effort).items()),
+                        macs=float(budget),
+                        scope="all" if dense else self.setting.scope,
+                        effort=effort,
+                        seed=seed,
+                    )
+        return found
+
+
+def load_all() -> tuple[Paper, ...]:
+    """Return every paper, in the order of the notebooks.
+
+    Raises:
+        ValueError: as `load`.
+    """
+    return tuple(read(path) for path in sorted(FOLDER.glob("*.toml")))
+
+
+def load(name: str) -> Paper:
+    """Return the paper of a notebook, named by its number ("01") or in full ("01_spp").
+
+    Raises:
+        ValueError: there is no such notebook, or its file is malformed; the file and the field are named.
+    """
+    known = {path.stem: path for path in sorted(FOLDER.glob("*.toml"))}
+    for stem, path in known.items():
+        if name in (stem, stem[:2]):
+            return read(path)
+    raise ValueError(f"no claims for notebook {name!r}: there are {', '.join(known)}")
+
+
+def read(path: Path) -> Paper:
+    """Read and check one file.
+
+    Raises:
+        ValueError: the file is malformed; the file and the field are named.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table["numbers"] = tuple(_make(Number, n, "numbers") for n in table.get("numbers", ()))
+        table["setting"] = _make(Setting, table.get("setting", {}), "setting")
+        table["arms"] = {name: _arm(arm, f"arms.{name}") for name, arm in table.get("arms", {}).items()}
+        table["claims"] = tuple(_make(Claim, claim, "claims") for claim in table.get("claims", ()))
+        paper = _make(Paper, table, "the file")
+        _check(paper, path)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    return paper
+
+
+def _arm(table: dict[str, Any], where: str) -> Arm:
+    return _make(Arm, {"parameters": {}, "by_effort": {}, **table}, where)
+
+
+def _make(kind: type[T], table: dict[str, Any], where: str) -> T:
+    """Build a dataclass from a table that must have exactly its fields; lists become tuples."""
+    known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
+    if unknown := [name for name in table if name not in known]:
+        raise ValueError(f"{where}: unknown field {', '.join(unknown)}; there are {', '.join(known)}")
+    if missing := [name for name, field in known.items() if field.default is MISSING and name not in table]:
+        raise ValueError(f"{where}: field {', '.join(missing)} is missing")
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in table.items()})
+
+
+def _check(paper: Paper, path: Path) -> None:
+    """Check what one field says about another."""
+    names = [claim.id for claim in paper.claims]
+    for claim in paper.claims:
+        for field, value, legal in (
+            ("rule", claim.rule, RULES),
+            ("metric", claim.metric, METRICS),
+            ("treatment", claim.treatment, tuple(paper.arms)),
+            *(("controls", control, tuple(paper.arms)) for control in claim.controls),
+            *(("macs", budget, paper.setting.macs) for budget in claim.macs or ()),
+        ):
+            if value not in legal:
+                options = ", ".join(map(str, legal))
+                raise ValueError(f"claims.{claim.id}: {field} is {value!r}; legal values are {options}")
+        if not claim.controls:
+            raise ValueError(f"claims.{claim.id}: controls is empty; a claim needs something to be compared with")
+        if claim.margin < 0 or (claim.margin > 0) != (claim.rule == "not worse"):
+            raise ValueError(f"claims.{claim.id}: margin is {claim.margin}; it is > 0 with 'not worse', else absent")
+    for arm, effort in ((name, effort) for name, arm in paper.arms.items() for effort in arm.by_effort):
+        if effort not in EFFORTS:
+            raise ValueError(f"arms.{arm}: by_effort is {effort!r}; legal values are {', '.join(EFFORTS)}")
+    if paper.notebook != path.stem:
+        raise ValueError(f"notebook is {paper.notebook!r}; it must be the file's name, {path.stem!r}")
+    if len(set(names)) < len(names) or sum(claim.headline for claim in paper.claims) != 1:
+        raise ValueError("claims: ids must differ, and exactly one has headline = true")
+    if sum(number.headline for number in paper.numbers) > 1:
+        raise ValueError("numbers: at most one has headline = true")
+    paper.experiments()

@@ -1,0 +1,58 @@
+"""What the notebooks share: the check of their parameters cell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+Legal = Callable[[Any], Any] | Collection[Any]
+
+INTERACTIVE = {"In", "Out", "exit", "quit", "open", "get_ipython"}  # what IPython itself puts beside the user's names
+
+
+def parameters(namespace: Mapping[str, Any], **legal: Legal) -> None:
+    """Refuse an unknown name or an illegal value; to be called with globals() right after the parameters cell.
+
+    Args:
+        namespace: the notebook's names. Those that start with "_", modules, functions and classes are not parameters.
+        legal: for each parameter, its legal values (any collection, a range), a type, or a predicate whose docstring says
+            what is legal.
+
+    Raises:
+        ValueError: a parameter is unknown, missing, or has an illegal value; it is named, with the legal ones.
+    """
+    known = ", ".join(legal)
+    for name, value in namespace.items():
+        if name not in legal and _is_parameter(name, value):
+            raise ValueError(f"unknown parameter {name}: this notebook has {known}")
+    for name, values in legal.items():
+        if name not in namespace:
+            raise ValueError(f"parameter {name} is missing: this notebook has {known}")
+        if not _is_legal(namespace[name], values):
+            raise ValueError(f"{name} = {namespace[name]!r}: {_described(values)}")
+
+
+def _is_parameter(name: str, value: Any) -> bool:
+    """Whether a name of the notebook is its own plain value, and not an import or a definition."""
+    return not (name.startswith("_") or name in INTERACTIVE or callable(value) or type(value).__name__ == "module")
+
+
+def _is_legal(value: Any, legal: Legal) -> bool:
+    if isinstance(legal, type):
+        return isinstance(value, legal) and not (isinstance(value, bool) and legal is not bool)
+    if callable(legal):
+        try:
+            return bool(legal(value))
+        except (TypeError, ValueError):
+            return False
+    return any(type(value) is type(one) and value == one for one in legal)
+
+
+def _described(legal: Legal) -> str:
+    if isinstance(legal, type):
+        return f"it must be of type {legal.__name__}"
+    if callable(legal):
+        return f"it must be {(legal.__doc__ or legal.__name__).strip().rstrip('.')}"
+    if isinstance(legal, range) and legal.step == 1:
+        return f"it must be an integer from {legal.start} to {legal.stop - 1}"
+    return f"legal values are {', '.join(map(repr, legal))}"

@@ -1,0 +1,213 @@
+"""From rows to a word: paired differences over seeds, a rule, a verdict, and the table of all of them in the README."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from prunelab import claims
+from prunelab._files import write_atomically
+from prunelab.claims import Claim, Paper
+from prunelab.experiments import Experiment, Row, Store, run
+
+HOLDS, IN_PART, FAILS, NOT_TESTED = WORDS = "holds", "holds in part", "does not hold here", "not tested here"
+
+LEAST_SEEDS = 3
+CONFIDENCE = 0.95
+MARKERS = "<!-- verdicts:begin -->", "<!-- verdicts:end -->"
+
+Cells = Mapping[tuple[str, float, int], Experiment]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a claim came out.
+
+    Attributes:
+        claim: what was claimed.
+        word: "holds", "holds in part", "does not hold here" or "not tested here".
+        differences: one row per control and budget: control, macs, mean, low, high (treatment − control in points, with the
+            95% Student-t interval), seeds (pairs that they come from), passed (whether the interval is clear of the bound).
+    """
+
+    claim: Claim
+    word: str
+    differences: pd.DataFrame
+
+    @property
+    def summary(self) -> str:
+        """The measured differences in a few words; empty if there are none."""
+        means = self.differences["mean"].dropna()
+        if self.word == NOT_TESTED or means.empty:
+            return ""
+        span = f"{means.min():+.1f}" if len(means) == 1 else f"{means.min():+.1f} to {means.max():+.1f}"
+        passed = f"{int(self.differences.passed.sum())} of {len(means)} clear of {-self.claim.margin:+.0f}"
+        return f"{span} points; {passed.replace('-0', '0').replace('+0', '0')}"
+
+
+def results(
+    paper: Paper, experiments: Cells, *, store: Store | None = None, jobs: int | None = None, progress: bool = True
+) -> pd.DataFrame:
+    """Return the rows of a paper's experiments, in their order, computing only what the store lacks.
+
+    Args:
+        paper: names the arms.
+        experiments: some or all of `paper.experiments(...)`.
+        store: as in `prunelab.experiments.run`.
+        jobs: as in `prunelab.experiments.run`.
+        progress: as in `prunelab.experiments.run`.
+
+    Returns:
+        The columns of a row, after `arm` (its name) and `label` (what figures call it).
+    """
+    rows = run(experiments.values(), store=store, jobs=jobs, progress=progress)
+    return _named(paper, experiments, {row["key"]: row for row in rows.to_dict("records")})
+
+
+def _named(paper: Paper, experiments: Cells, known: Mapping[str, Row]) -> pd.DataFrame:
+    """Return those rows of some experiments that are known, with the arms that they belong to."""
+    found = [
+        {"arm": arm, "label": paper.arms[arm].label, **known[experiment.key]}
+        for (arm, _, _), experiment in experiments.items()
+        if experiment.key in known
+    ]
+    return pd.DataFrame(found, columns=None if found else ["arm", "label", "method", "macs", "seed", *claims.METRICS])
+
+
+def verdict(claim: Claim, rows: pd.DataFrame) -> Verdict:
+    """Decide a claim by the paired differences treatment − control over seeds, at every budget and for every control.
+
+    "better" asks that the 95% Student-t interval of the mean difference lies above 0, "not worse" that it lies above −margin.
+    All intervals do: holds. None does: does not hold here. Else: holds in part. Fewer than 3 common seeds at any budget of
+    any control, or a budget of the claim that was not run: not tested here. A dense control, which has one budget, is
+    compared with the treatment at each of the treatment's.
+
+    Args:
+        claim: what to decide.
+        rows: as from `results`; arms that the claim does not name are ignored.
+    """
+    values = rows.set_index(["arm", "macs", "seed"])[claim.metric]
+    dense = set(rows.arm[rows.method == "dense"])
+    tested = rows[rows.arm.isin([claim.treatment, *claim.controls]) & ~rows.arm.isin(dense)]
+    budgets = claim.macs or sorted(tested.macs.unique(), reverse=True)
+    found = []
+    for control in claim.controls:
+        for budget in budgets:
+            treated = _by_seed(values, claim.treatment, budget)
+            pairs = (treated - _by_seed(values, control, 1.0 if control in dense else budget)).dropna()
+            mean, low, high = interval(pairs.to_numpy())
+            found.append((control, budget, mean, low, high, len(pairs), low > -claim.margin))
+    columns = ["control", "macs", "mean", "low", "high", "seeds", "passed"]
+    differences = pd.DataFrame(found, columns=columns)
+    return Verdict(claim, _word(differences), differences)
+
+
+def _by_seed(values: pd.Series[float], arm: str, budget: float) -> pd.Series[float]:
+    chosen = (values.index.get_level_values("arm") == arm) & (values.index.get_level_values("macs") == budget)
+    return values[chosen].droplevel(["arm", "macs"])
+
+
+def _word(differences: pd.DataFrame) -> str:
+    if differences.empty or differences.seeds.min() < LEAST_SEEDS:
+        return NOT_TESTED
+    if differences.passed.all():
+        return HOLDS
+    return IN_PART if differences.passed.any() else FAILS
+
+
+def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float, float]:
+    """Return the mean and the 95% Student-t interval around it, x̄ ∓ t(n − 1)·s/√n; NaN where n is too small for it."""
+    n = len(values)
+    mean = float(np.mean(values)) if n else float("nan")
+    if n < 2:
+        return mean, float("nan"), float("nan")
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
+    return mean, mean - half, mean + half
+
+
+def verdict_table(store: Store | None = None, *, recorded: bool = True) -> pd.DataFrame:
+    """Return one row per claim, from the rows that the store has; nothing is computed.
+
+    Args:
+        store: default the repository's.
+        recorded: judge the papers' recorded settings, whether they were run or not; False: every data set, network and
+            effort that the store has rows of, and no others.
+
+    Returns:
+        notebook, paper, claim, paper's number, measured here, verdict, setting, seeds, minutes. The paper's number and what
+        was measured here stand in columns of their own, and may not be of the same thing.
+    """
+    store = store or Store()
+    known = store.rows()
+    lines = [
+        _line(paper, claim, experiments, known)
+        for paper in claims.load_all()
+        for experiments in ([paper.experiments()] if recorded else _found(paper, known.values()))
+        for claim in paper.claims
+    ]
+    columns = ("notebook", "paper", "claim", "paper's number", "measured here", "verdict", "setting", "seeds", "minutes")
+    return pd.DataFrame(lines, columns=list(columns))
+
+
+def _found(paper: Paper, rows: Iterable[Row]) -> list[Cells]:
+    """Return the experiments of a paper for each data set, network and effort that there are rows of."""
+    rows = list(rows)
+    grids = []
+    for dataset, model, effort in dict.fromkeys((row["dataset"], row["model"], row["effort"]) for row in rows):
+        same = [row for row in rows if (row["dataset"], row["model"], row["effort"]) == (dataset, model, effort)]
+        seeds = 1 + max(row["seed"] for row in same)
+        macs = sorted({row["macs"] for row in same if row["method"] != "dense"}, reverse=True)
+        grid = paper.experiments(dataset=dataset, model=model, effort=effort, seeds=seeds, macs=macs)
+        keys = {row["key"] for row in same}
+        if any(experiment.key in keys for experiment in grid.values() if experiment.method != "dense"):
+            grids.append(grid)
+    return grids
+
+
+def _line(paper: Paper, claim: Claim, experiments: Cells, known: Mapping[str, Row]) -> tuple[object, ...]:
+    rows = _named(paper, experiments, known)
+    rows = rows[rows.arm.isin([claim.treatment, *claim.controls])]
+    found = verdict(claim, rows)
+    number = str(paper.headline) if claim.headline and paper.headline else ""
+    some = next(iter(experiments.values()))
+    setting = f"{some.model} on {some.dataset}, {some.effort}"
+    seeds = int(found.differences.seeds.min()) if len(found.differences) else 0
+    minutes = round(rows.seconds.sum() / 60, 1) if len(rows) else 0.0
+    return (paper.notebook, paper.system, claim.text, number, found.summary, found.word, setting, seeds, minutes)
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """Return a table as Markdown, the verdicts in bold."""
+    cells = table.assign(verdict=[f"**{word}**" for word in table.verdict]).astype(str)
+    lines = [list(cells.columns), ["---"] * cells.shape[1], *cells.to_numpy().tolist()]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def write_readme(path: str | os.PathLike[str], store: Store | None = None) -> None:
+    """Replace what stands between the verdict markers of a file by the verdict table.
+
+    Raises:
+        ValueError: a marker is missing.
+    """
+    write_atomically(path, _with_table(Path(path), store).encode())
+
+
+def readme_is_current(path: str | os.PathLike[str], store: Store | None = None) -> bool:
+    """Return whether the verdict table in a file is what `write_readme` would write."""
+    return Path(path).read_text(encoding="utf-8") == _with_table(Path(path), store)
+
+
+def _with_table(path: Path, store: Store | None) -> str:
+    text = path.read_text(encoding="utf-8")
+    begin, end = MARKERS
+    if begin not in text or end not in text.split(begin, 1)[1]:
+        raise ValueError(f"{path} must have the lines {begin} and {end}, in this order")
+    before, rest = text.split(begin, 1)
+    after = rest.split(end, 1)[1]
+    return f"{before}{begin}\n{markdown(verdict_table(store))}\n{end}{after}"
