@@ -13,12 +13,13 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import joblib
 import pandas as pd
@@ -37,6 +38,10 @@ from prunelab.structure.space import Scope
 from prunelab.training import Context, Recipe, evaluate, fit, recalibrate
 
 Row = dict[str, Any]
+T = TypeVar("T")
+
+SPLITS: tuple[Literal["val", "test"], ...] = "val", "test"
+RECALIBRATION = 20, 256  # at most so many batches, of so many training images
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Effort:
 
 EFFORTS: dict[str, Effort] = {
     # seconds, for the embedded digits
-    "smoke": Effort(Recipe(epochs=10, lr=0.05, batch_size=32), Recipe(epochs=8, lr=0.03, batch_size=32)),
+    "smoke": Effort(Recipe(epochs=10, lr=0.05, batch_size=32), Recipe(epochs=4, lr=0.03, batch_size=32)),
     # what two CPU cores record in an hour or two
     "brief": Effort(Recipe(epochs=6, lr=0.1), Recipe(epochs=2, lr=0.03)),
     # what two CPU cores record in a night
@@ -70,7 +75,8 @@ class Experiment:
         dataset: a name that `prunelab.data.load` knows.
         model: a name that `prunelab.models.build` knows.
         method: a name in `prunelab.methods.METHODS`.
-        parameters: the method's hyper-parameters where they are not the default, as sorted (name, value) pairs; a mapping is accepted.
+        parameters: the method's hyper-parameters where they are not the default, as (name, value) pairs, kept sorted; a
+            mapping is accepted.
         macs: the fraction of the dense MACs to keep, in (0, 1].
         scope: which MACs are counted, "all" or "conv".
         effort: a name in `EFFORTS`.
@@ -97,6 +103,23 @@ class Experiment:
             raise ValueError(f"seed={self.seed!r}: a seed is an integer >= 0")
         methods.build(self.method, **dict(self.parameters))
         Budget(self.macs, self.scope)
+
+    @classmethod
+    def of(cls, row: Row) -> Experiment:
+        """Return the experiment that a row is the result of.
+
+        Raises:
+            ValueError: a setting is missing or illegal, or they do not give the row's key.
+        """
+        try:
+            found = cls(**{field.name: row[field.name] for field in fields(cls)})
+        except KeyError as error:
+            raise ValueError(f"row {row.get('key')}: {error} is missing") from error
+        if found.key != row["key"]:
+            raise ValueError(
+                f"row {row['key']}: its settings have the key {found.key}; it was changed after it was made"
+            )
+        return found
 
     @property
     def key(self) -> str:
@@ -139,7 +162,7 @@ class Store:
         return found
 
     def add(self, row: Row) -> None:
-        """Append a row to its file, unless its key is there already."""
+        """Append a row to its file, unless its key is there already; other processes may do the same."""
         path = self.folder / f"{row['dataset']}-{row['model']}.jsonl".replace(os.sep, "_")
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
@@ -180,41 +203,45 @@ def run(
     return pd.DataFrame([known[experiment.key] for experiment in wanted])
 
 
-def _side_by_side(function: Any, experiments: Sequence[Experiment], jobs: int) -> Iterable[Any]:
+def _side_by_side(function: Callable[[Experiment], T], experiments: Sequence[Experiment], jobs: int) -> Iterable[T]:
     """Call a function of each experiment, yielding results as they come."""
     if jobs == 1 or len(experiments) <= 1:
         return map(function, experiments)
     parallel = joblib.Parallel(min(jobs, len(experiments)), return_as="generator_unordered", pre_dispatch="all")
-    found: Iterable[Any] = parallel(joblib.delayed(function)(experiment) for experiment in experiments)
+    found: Iterable[T] = parallel(joblib.delayed(function)(experiment) for experiment in experiments)
     return found
 
 
 def compute(experiment: Experiment) -> Row:
     """Run one experiment and return its row; the test split is read once, at the end."""
     began = time.perf_counter()
+    row: Row = {"key": experiment.key, **asdict(experiment), "parameters": dict(experiment.parameters)}
     with _one_thread():
         dense, images = base_network(experiment), _data(experiment.dataset)
         context = Context(images, EFFORTS[experiment.effort].after, experiment.seed, progress=False)
         method = methods.build(experiment.method, **dict(experiment.parameters))
         pruned = method(dense, Budget(experiment.macs, experiment.scope), context)
         stages = {"cut": copy.deepcopy(pruned.net)}
-        recalibrate(pruned.net, images, seed=experiment.seed)
+        _recalibrate(pruned.net, images, experiment.seed)
         stages["recalibrated"] = copy.deepcopy(pruned.net)
         left = replace(context.recipe, epochs=max(0.0, context.recipe.epochs - pruned.epochs))
         tuned = fit(pruned.net, images, left, seed=experiment.seed + 1, progress=False)
         stages["tuned"] = pruned.net
-        row: Row = {"key": experiment.key, **asdict(experiment), "parameters": dict(experiment.parameters)}
-        for split in ("val", "test"):
-            for stage, net in stages.items():
-                row[f"{split}_{stage}"] = round(evaluate(net, images, split), 4)  # type: ignore[arg-type]
-    sizes = {"": pruned.net, "dense_": dense}
-    for prefix, net in sizes.items():
+        for split in SPLITS:
+            row |= {f"{split}_{stage}": round(evaluate(net, images, split), 4) for stage, net in stages.items()}
+    for prefix, net in {"": pruned.net, "dense_": dense}.items():
         row[f"{prefix}macs_all"] = cost.macs(net, images.example)
         row[f"{prefix}macs_conv"] = cost.macs(net, images.example, scope="conv")
         row[f"{prefix}parameter_count"] = cost.parameters(net)
     row |= {"epochs_pruning": pruned.epochs, "epochs": pruned.epochs + tuned.epochs}
     row |= {"widths": pruned.plan.widths, "seconds": round(time.perf_counter() - began, 1)}
     return row | _provenance(images)
+
+
+def _recalibrate(net: nn.Module, images: data.Data, seed: int) -> None:
+    """Re-estimate batch norm from one pass over the training images at most."""
+    batches, batch_size = RECALIBRATION
+    recalibrate(net, images, max(1, min(batches, len(images.train.labels) // batch_size)), batch_size, seed)
 
 
 def base_network(experiment: Experiment) -> nn.Module:
@@ -237,7 +264,9 @@ def base_network(experiment: Experiment) -> nn.Module:
     try:
         net.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"the cached weights {path} are damaged ({error}): delete the file and they will be trained again") from error
+        raise ValueError(
+            f"the cached weights {path} are damaged ({error}): delete the file and they will be trained again"
+        ) from error
     return net.to(images.device).eval()
 
 
@@ -250,15 +279,15 @@ def _data(name: str) -> data.Data:
     return data.load(name).to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-class _one_thread:
+@contextmanager
+def _one_thread() -> Iterator[None]:
     """Give this process one CPU thread for as long as the block runs."""
-
-    def __enter__(self) -> None:
-        self.before = torch.get_num_threads()
-        torch.set_num_threads(1)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_num_threads(self.before)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _provenance(images: data.Data) -> Row:
@@ -282,20 +311,3 @@ def _code_version() -> str:
     except (OSError, subprocess.CalledProcessError):
         return prunelab.__version__
     return f"{prunelab.__version__}+{commit}"
-
-
-def grid(arms: Mapping[str, Mapping[str, Any]], macs: Sequence[float], seeds: int, **common: Any) -> dict[tuple[str, float, int], Experiment]:
-    """Return the experiments of every arm at every budget with seeds 0 to seeds − 1, by (arm, budget, seed).
-
-    An arm is {"method": ..., "parameters": {...}}; the dense control appears once a seed, at budget 1.
-    """
-    found = {}
-    for arm, choice in arms.items():
-        for budget in (1.0,) if choice["method"] == "dense" else macs:
-            for seed in range(seeds):
-                chosen = {"scope": "all"} if choice["method"] == "dense" else {}
-                found[arm, budget, seed] = Experiment(
-                    method=choice["method"], parameters=tuple(dict(choice.get("parameters", {})).items()),
-                    macs=budget, seed=seed, **{**common, **chosen},
-                )
-    return found

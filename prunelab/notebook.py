@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, MutableMapping
 from typing import Any
 
 Legal = Callable[[Any], Any] | Collection[Any]
 
 INTERACTIVE = {"In", "Out", "exit", "quit", "open", "get_ipython"}  # what IPython itself puts beside the user's names
+CHECKED = "_parameters_checked"  # left in the namespace by the first check
 
 
-def parameters(namespace: Mapping[str, Any], **legal: Legal) -> None:
+def parameters(namespace: MutableMapping[str, Any], **legal: Legal) -> None:
     """Refuse an unknown name or an illegal value; to be called with globals() right after the parameters cell.
+
+    Called again later, when the notebook has variables of its own, it takes only names in capitals for parameters.
 
     Args:
         namespace: the notebook's names. Those that start with "_", modules, functions and classes are not parameters.
@@ -22,14 +25,16 @@ def parameters(namespace: Mapping[str, Any], **legal: Legal) -> None:
         ValueError: a parameter is unknown, missing, or has an illegal value; it is named, with the legal ones.
     """
     known = ", ".join(legal)
+    again = CHECKED in namespace
     for name, value in namespace.items():
-        if name not in legal and _is_parameter(name, value):
+        if name not in legal and _is_parameter(name, value) and (name.isupper() or not again):
             raise ValueError(f"unknown parameter {name}: this notebook has {known}")
     for name, values in legal.items():
         if name not in namespace:
             raise ValueError(f"parameter {name} is missing: this notebook has {known}")
         if not _is_legal(namespace[name], values):
             raise ValueError(f"{name} = {namespace[name]!r}: {_described(values)}")
+    namespace[CHECKED] = True
 
 
 def _is_parameter(name: str, value: Any) -> bool:

@@ -47,8 +47,8 @@ class Verdict:
         if self.word == NOT_TESTED or means.empty:
             return ""
         span = f"{means.min():+.1f}" if len(means) == 1 else f"{means.min():+.1f} to {means.max():+.1f}"
-        passed = f"{int(self.differences.passed.sum())} of {len(means)} clear of {-self.claim.margin:+.0f}"
-        return f"{span} points; {passed.replace('-0', '0').replace('+0', '0')}"
+        bound = f"−{self.claim.margin:g}" if self.claim.margin else "0"
+        return f"{span} points; above {bound} in {int(self.differences.passed.sum())} of {len(means)}"
 
 
 def results(
@@ -148,14 +148,24 @@ def verdict_table(store: Store | None = None, *, recorded: bool = True) -> pd.Da
     lines = [
         _line(paper, claim, experiments, known)
         for paper in claims.load_all()
-        for experiments in ([paper.experiments()] if recorded else _found(paper, known.values()))
+        for experiments in ([paper.experiments()] if recorded else found(paper, known.values()))
         for claim in paper.claims
     ]
-    columns = ("notebook", "paper", "claim", "paper's number", "measured here", "verdict", "setting", "seeds", "minutes")
+    columns = (
+        "notebook",
+        "paper",
+        "claim",
+        "paper's number",
+        "measured here",
+        "verdict",
+        "setting",
+        "seeds",
+        "minutes",
+    )
     return pd.DataFrame(lines, columns=list(columns))
 
 
-def _found(paper: Paper, rows: Iterable[Row]) -> list[Cells]:
+def found(paper: Paper, rows: Iterable[Row]) -> list[Cells]:
     """Return the experiments of a paper for each data set, network and effort that there are rows of."""
     rows = list(rows)
     grids = []
@@ -173,13 +183,13 @@ def _found(paper: Paper, rows: Iterable[Row]) -> list[Cells]:
 def _line(paper: Paper, claim: Claim, experiments: Cells, known: Mapping[str, Row]) -> tuple[object, ...]:
     rows = _named(paper, experiments, known)
     rows = rows[rows.arm.isin([claim.treatment, *claim.controls])]
-    found = verdict(claim, rows)
+    decided = verdict(claim, rows)
     number = str(paper.headline) if claim.headline and paper.headline else ""
     some = next(iter(experiments.values()))
     setting = f"{some.model} on {some.dataset}, {some.effort}"
-    seeds = int(found.differences.seeds.min()) if len(found.differences) else 0
+    seeds = int(decided.differences.seeds.min()) if len(decided.differences) else 0
     minutes = round(rows.seconds.sum() / 60, 1) if len(rows) else 0.0
-    return (paper.notebook, paper.system, claim.text, number, found.summary, found.word, setting, seeds, minutes)
+    return (paper.notebook, paper.system, claim.text, number, decided.summary, decided.word, setting, seeds, minutes)
 
 
 def markdown(table: pd.DataFrame) -> str:

@@ -1,7 +1,7 @@
 """Importance criteria: functions of a space that score every unit, {group: float [size]}, high is important.
 
-Scores are made to be compared inside a group, where all units have the same fan-in; a criterion that may be compared across
-groups says so.
+Scores are made to be compared inside a group, where all units have the same fan-in; a criterion that may be compared
+across groups says so.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def l2(space: Space) -> dict[str, Tensor]:
 
 
 def bn_scale(space: Space) -> dict[str, Tensor]:
-    """Sum of |γ| of the batch norms behind the layers that write each unit; comparable across groups (Network Slimming).
+    """Sum of |γ| of the batch norms behind the layers that write each unit; comparable across groups (Liu et al. 2017).
 
     Raises:
-        ValueError: the space is not one of channels, or a layer's output is not read by a batch norm with a scale alone.
+        ValueError: the space is not one of channels, or a layer is not followed by a batch norm with a scale alone.
     """
     coupling = getattr(space, "coupling", None)
     if coupling is None:

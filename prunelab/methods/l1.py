@@ -159,7 +159,7 @@ def sensitivity(
         One row per layer and ratio: layer, ratio, accuracy in percent.
     """
     weights = {group.name: deciding_weights(space, group.name) for group in space.groups}
-    scores = space.scores("l1") | {name: w.abs().sum(1) for name, w in weights.items() if w is not None}
+    scores = dict(space.scores("l1")) | {name: w.abs().sum(1) for name, w in weights.items() if w is not None}
     cases = [(layer, ratio) for layer, w in weights.items() if w is not None for ratio in ratios]
     rows = []
     for layer, ratio in tqdm(cases, desc="sensitivity", leave=False, disable=not progress):

@@ -77,10 +77,11 @@ class Taylor:
 class Theta:
     """Θ of every unit, gathered over mini-batches; call `collect` after each backward pass.
 
-    Θ(z) = |1/M Σ_m ∂C/∂z_m · z_m| of an example's feature map z of M positions, averaged over examples. Each map gets a gate
-    of one, as ∂C/∂gate = Σ_m ∂C/∂z_m · z_m: at the batch norm behind the layer, or at the layer if no batch norm reads it
-    alone. The paper's maps lie behind the ReLU, where Θ is the same: a ReLU changes neither side of ∂C/∂z · z, nor does a
-    max pool but for M. Where several layers write a unit, their Θ add up.
+    Θ(z) = |1/M Σ_m ∂C/∂z_m · z_m| of an example's feature map z of M positions, averaged over examples. Each map gets a
+    gate of one, as ∂C/∂gate = Σ_m ∂C/∂z_m · z_m: at the batch norm behind the layer, or at the layer if no batch norm
+    alone reads it. The paper's maps lie behind the ReLU, where Θ is the same: ∂C/∂z_m · z_m does not change there. (A max
+    pool keeps the sum too; M is then another, but all Θ of a group share it.) Where several layers write a unit, their Θ
+    add up.
 
     Args:
         units: per layer, the unit that each of its channels belongs to, -1 for none.
@@ -98,9 +99,8 @@ class Theta:
         if not torch.is_grad_enabled():
             return None
         channels = maps.dim() - 1 if isinstance(module, nn.Linear) else 1
-        gates = maps.new_ones(
-            [n if dim in (0, channels) else 1 for dim, n in enumerate(maps.shape)], requires_grad=True
-        )
+        shape = [n if dim in (0, channels) else 1 for dim, n in enumerate(maps.shape)]
+        gates = maps.new_ones(shape, requires_grad=True)
         self._gates.append((layer, gates, maps.numel() // gates.numel()))
         return maps * gates
 
@@ -110,7 +110,7 @@ class Theta:
             assert gates.grad is not None
             # One of T examples has T times this gradient, as the loss is a mean; the mean over examples divides by T.
             theta = gates.grad.flatten(1).float().abs().sum(0) / positions
-            self._sums[layer] = self._sums.get(layer, 0) + theta
+            self._sums[layer] = self._sums[layer] + theta if layer in self._sums else theta
         self._gates.clear()
         self._batches += 1
 

@@ -1,0 +1,257 @@
+"""One style, and one colour and marker per method, in every figure."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import NullLocator
+from numpy.typing import ArrayLike, NDArray
+
+from prunelab._files import write_atomically
+from prunelab.report import Verdict, interval
+from prunelab.structure import Plan
+
+FIGURES = Path(__file__).resolve().parents[1] / "figures"
+SIZE = 6.4, 3.7  # inches; at 160 dpi the width of a README column
+DPI = 160
+DANGER = 0.1  # a unit that stays although p was once above this has recovered
+
+BLACK, GREY = "#333333", "#999999"
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW = (  # Okabe and Ito: told apart with any colour vision
+    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#C9B200",
+)  # fmt: skip
+
+
+class Look(NamedTuple):
+    """How an arm is drawn."""
+
+    colour: str
+    marker: str
+
+
+LOOKS: dict[str, Look] = {
+    "dense": Look(BLACK, "_"),
+    "spp": Look(BLUE, "o"),
+    "spp-no-recovery": Look(SKY, "o"),
+    "l1-columns": Look(GREEN, "s"),
+    "l1-filters": Look(ORANGE, "^"),
+    "l1-greedy": Look(GREEN, "v"),
+    "l1-largest": Look(RED, "<"),
+    "random-columns": Look(GREY, "P"),
+    "random-filters": Look(GREY, "X"),
+    "taylor": Look(PURPLE, "D"),
+    "ssl": Look(RED, "h"),
+    "slimming": Look(YELLOW, "d"),
+    "channel-reconstruction": Look(RED, "p"),
+    "hrank": Look(SKY, "p"),
+    "abcpruner": Look(PURPLE, "*"),
+    "dropnet": Look(GREEN, "*"),
+    "dmcp": Look(BLUE, "d"),
+    "autocompress": Look(RED, "*"),
+    "scratch": Look(BLACK, "x"),
+}
+"""Every arm of every notebook; a new arm is entered here."""
+
+
+def look(arm: str) -> Look:
+    """Return how an arm is drawn.
+
+    Raises:
+        ValueError: the arm is not in `LOOKS`.
+    """
+    if arm not in LOOKS:
+        raise ValueError(f"no colour for arm {arm!r}: enter it in prunelab.plots.LOOKS, which has {', '.join(LOOKS)}")
+    return LOOKS[arm]
+
+
+def use_style() -> None:
+    """Set the style of all figures that follow."""
+    sns.set_theme(
+        context="notebook",
+        style="ticks",
+        rc={
+            "figure.figsize": SIZE,
+            "figure.dpi": 100,
+            "figure.constrained_layout.use": True,
+            "savefig.dpi": DPI,
+            "font.size": 10,
+            "axes.titlesize": 11,
+            "axes.titlelocation": "left",
+            "axes.labelsize": 10,
+            "axes.spines.right": False,
+            "axes.spines.top": False,
+            "axes.grid": True,
+            "axes.grid.axis": "y",
+            "grid.color": "#E6E6E6",
+            "grid.linewidth": 0.8,
+            "xtick.labelsize": 9,
+            "ytick.labelsize": 9,
+            "legend.fontsize": 9,
+            "legend.frameon": False,
+            "lines.linewidth": 1.6,
+        },
+    )
+
+
+def accuracy_against_macs(
+    rows: pd.DataFrame, labels: Mapping[str, str] | None = None, ax: Axes | None = None, metric: str = "test_tuned"
+) -> Axes:
+    """Draw accuracy against the fraction of the MACs kept: every seed, the mean, and its 95% interval where seeds allow.
+
+    The dense arm is a line at its mean in a band that spans its seeds: differences inside it are noise.
+
+    Args:
+        rows: as from `report.results`.
+        labels: what the legend calls each arm; default the column `label`.
+        ax: where to draw; default new axes.
+        metric: a column in percent.
+    """
+    ax = ax or plt.subplots()[1]
+    labels = labels or dict(zip(rows.arm, rows.label, strict=True))
+    dense = rows[rows.method == "dense"]
+    arms = [arm for arm in dict.fromkeys(rows.arm) if arm not in set(dense.arm)]
+    if len(dense):
+        ax.axhspan(dense[metric].min(), dense[metric].max(), color=BLACK, alpha=0.12, linewidth=0)
+        ax.axhline(dense[metric].mean(), color=BLACK, linewidth=1, linestyle="--")
+    for place, arm in enumerate(arms):
+        aside = 2 ** (0.05 * (place - (len(arms) - 1) / 2))  # side by side, not on top of each other
+        _curve(ax, rows[rows.arm == arm], metric, look(arm), aside)
+    budgets = sorted(rows.macs[rows.method != "dense"].unique(), reverse=True)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(budgets, [str(Fraction(budget).limit_denominator(100)) for budget in budgets])
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.invert_xaxis()
+    ax.set(xlabel="MACs kept", ylabel=f"{_metric_name(metric)} (%)")
+    _legend(ax, {arm: labels[arm] for arm in (*dict.fromkeys(dense.arm), *arms)})
+    return ax
+
+
+def _curve(ax: Axes, rows: pd.DataFrame, metric: str, look: Look, aside: float) -> None:
+    ax.plot(
+        rows.macs * aside,
+        rows[metric],
+        linestyle="none",
+        marker=look.marker,
+        color=look.colour,
+        alpha=0.3,
+        markersize=4,
+    )
+    means = rows.groupby("macs")[metric].agg(lambda values: interval(values)[0])
+    ax.plot(means.index * aside, means, color=look.colour, marker=look.marker, markersize=6)
+    for macs, values in rows.groupby("macs")[metric]:
+        _, low, high = interval(values.to_numpy())
+        if high < 100 and low > 0:
+            ax.vlines(float(macs) * aside, low, high, color=look.colour, linewidth=1.2)  # type: ignore[arg-type]
+
+
+def _legend(ax: Axes, labels: Mapping[str, str]) -> None:
+    handles = [
+        Line2D(
+            [],
+            [],
+            color=look(arm).colour,
+            marker=look(arm).marker,
+            linestyle="--" if arm == "dense" else "-",
+            label=label,
+        )
+        for arm, label in labels.items()
+    ]
+    ax.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5))
+
+
+def _metric_name(metric: str) -> str:
+    split, stage = metric.split("_")
+    when = {"cut": "right after the cut", "recalibrated": "after batch-norm recalibration", "tuned": "after retraining"}
+    return f"{'test' if split == 'test' else 'validation'} accuracy {when[stage]}"
+
+
+def paired_differences(verdict: Verdict, labels: Mapping[str, str], ax: Axes | None = None) -> Axes:
+    """Draw each difference of a verdict with its 95% interval, and the bound that it must be clear of.
+
+    Args:
+        verdict: what was decided.
+        labels: what to call each arm, as `Paper.labels`.
+        ax: where to draw; default new axes.
+    """
+    found = verdict.differences
+    ax = ax or plt.subplots(figsize=(SIZE[0], 0.9 + 0.34 * len(found)))[1]
+    ax.axvline(0, color=BLACK, linewidth=1)
+    if verdict.claim.margin:
+        ax.axvline(-verdict.claim.margin, color=BLACK, linewidth=1, linestyle="--")
+    for place, row in enumerate(found.itertuples()):
+        drawn = look(str(row.control))
+        colour = drawn.colour if drawn.colour != BLACK else look(verdict.claim.treatment).colour
+        ax.hlines(place, row.low, row.high, color=colour, linewidth=2)
+        ax.plot(
+            row.mean, place, marker="o", markersize=7, color=colour, markerfacecolor=colour if row.passed else "white"
+        )
+    names = [f"{labels[row.control]}, {Fraction(row.macs).limit_denominator(100)}" for row in found.itertuples()]
+    ax.set_yticks(range(len(found)), names)
+    ax.set_ylim(len(found) - 0.5, -0.5)
+    ax.grid(axis="y", visible=False)
+    ax.grid(axis="x", visible=True)
+    ax.set_xlabel(f"{labels[verdict.claim.treatment]} minus control (points)")
+    ax.set_title(f"{verdict.claim.id}: {verdict.word}")
+    return ax
+
+
+def kept_per_layer(plan: Plan, ax: Axes | None = None) -> Axes:
+    """Draw, for each group of a plan, how many of its units stay, in percent and as a count."""
+    ax = ax or plt.subplots(figsize=(SIZE[0], 0.9 + 0.3 * len(plan.sizes)))[1]
+    names = list(plan.sizes)
+    shares = [100 * plan.widths[name] / plan.sizes[name] for name in names]
+    ax.barh(names, [100.0] * len(names), color="#EEEEEE", height=0.7)
+    ax.barh(names, shares, color=BLUE, height=0.7)
+    for place, name in enumerate(names):
+        inside = shares[place] > 80
+        text = f" {plan.widths[name]} of {plan.sizes[name]} "
+        side = {"ha": "right", "color": "white"} if inside else {"ha": "left", "color": BLACK}
+        ax.text(shares[place], place, text, va="center", fontsize=8, **side)
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    ax.set(xlim=(0, 100), xlabel=f"{plan.space} kept (%)")
+    return ax
+
+
+def probability_trace(trace: ArrayLike, kept: ArrayLike, ax: Axes | None = None) -> Axes:
+    """Draw the pruning probability of every unit of a layer against the updates.
+
+    Args:
+        trace: p, [updates, units], each in [0, 1].
+        kept: indices of the units that stayed.
+        ax: where to draw; default new axes.
+    """
+    ax = ax or plt.subplots()[1]
+    p: NDArray[np.float64] = np.asarray(trace, dtype=float)
+    stayed = np.isin(np.arange(p.shape[1]), np.asarray(kept))
+    recovered = stayed & (p.max(axis=0) > DANGER)
+    alpha = float(np.clip(30 / p.shape[1], 0.1, 0.8))
+    for chosen, colour, label in (
+        (~stayed, GREY, "removed"),
+        (stayed & ~recovered, SKY, "kept"),
+        (recovered, BLUE, f"kept after p > {DANGER}"),
+    ):
+        ax.plot(p[:, chosen], color=colour, alpha=alpha, linewidth=1)
+        ax.plot([], [], color=colour, label=f"{label} ({int(chosen.sum())})")
+    ax.set(xlabel="updates of p", ylabel="pruning probability p", ylim=(-0.03, 1.03))
+    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return ax
+
+
+def save(figure: Figure, name: str) -> None:
+    """Write a figure to `<name>.png` in the repository's figures folder; do nothing where the package has no repository."""
+    if FIGURES.is_dir():
+        image = io.BytesIO()
+        figure.savefig(image, format="png", dpi=DPI, metadata={"Software": None})
+        write_atomically(FIGURES / f"{name}.png", image.getvalue())

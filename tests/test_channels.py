@@ -1,0 +1,501 @@
+"""Channel spaces: groups found by hand, and the property that the small network computes what the masked one does."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from prunelab import cost, models
+from prunelab.layers import ZeroPadChannels
+from prunelab.structure import ChannelSpace, Plan, Space, UntraceableError
+
+TORCHVISION = {
+    "alexnet": 64, "vgg11_bn": 32, "resnet18": 32, "resnext50_32x4d": 32, "densenet121": 32, "googlenet": 32,
+    "inception_v3": 75, "squeezenet1_0": 32, "mobilenet_v2": 32, "mobilenet_v3_small": 32, "mnasnet0_5": 32,
+    "efficientnet_b0": 32, "regnet_y_400mf": 32, "shufflenet_v2_x0_5": 32, "convnext_tiny": 32,
+}  # fmt: skip
+
+
+def randomise(net: nn.Module, seed: int = 0) -> nn.Module:
+    """Make a float64 network in which nothing has its default value: biases, batch-norm statistics and scales."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(tensor: Tensor, low: float, high: float) -> None:
+        tensor.copy_(torch.empty_like(tensor).uniform_(low, high, generator=generator))
+
+    net = net.double()
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                draw(module.running_mean, -0.5, 0.5)
+                draw(module.running_var, 0.5, 2.0)
+                draw(module.weight, 0.5, 1.5)
+            if isinstance(getattr(module, "bias", None), Tensor):
+                draw(module.bias, -0.5, 0.5)
+            if isinstance(getattr(module, "layer_scale", None), Tensor):
+                draw(module.layer_scale, 0.5, 1.5)
+    return net
+
+
+def network(name: str) -> tuple[nn.Module, Tensor]:
+    size = TORCHVISION.get(name, 32)
+    if name in TORCHVISION:
+        # Smaller images than torchvision promises to take make the test quick; these architectures do take them.
+        options = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            net = models.torchvision.models.get_model(name, weights=None, num_classes=7, **options)
+    else:
+        net = models.build(name, width=0.25, classes=7, seed=0)
+    example = torch.randn(2, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return randomise(net), example
+
+
+def plans(space: Space, seed: int = 0) -> dict[str, Plan]:
+    random = np.random.default_rng(seed)
+
+    def keep(count: Callable[[int], int]) -> Plan:
+        return space.plan({g.name: random.choice(g.size, count(g.size), replace=False).tolist() for g in space.groups})
+
+    return {
+        "everything": space.plan({}),
+        "one unit": keep(lambda size: 1),
+        "random": keep(lambda size: int(random.integers(1, size + 1))),
+        "uneven": keep(lambda size: int(random.choice([1, max(1, size - 1), size]))),
+    }
+
+
+def assert_same(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-9 * float(b.abs().max()))
+
+
+def assert_mask_is_shrink(space: Space, x: Tensor, plan: Plan) -> None:
+    net = space.net
+    masked, small = space.mask(plan), space.shrink(plan)
+    dense, expected, found = net.eval()(x), masked.eval()(x), small.eval()(x)
+    assert expected.isfinite().all()
+    assert_same(found, expected)
+    full = plan.widths == plan.sizes
+    assert torch.equal(dense, expected) == full
+    for scope in ("all", "conv"):
+        assert space.macs(plan, scope) == cost.macs(small, x, scope)
+        assert cost.macs(masked, x, scope) == cost.macs(net, x, scope)
+    assert cost.parameters(masked) == cost.parameters(net)
+    assert (cost.parameters(small) < cost.parameters(net)) != full
+
+
+@pytest.mark.parametrize("name", [*models.NAMES, *TORCHVISION])
+def test_masked_and_small_network_agree(name: str) -> None:
+    net, x = network(name)
+    net.train()
+    next(m for m in net.modules() if isinstance(m, nn.Conv2d)).eval()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    modes = [module.training for module in net.modules()]
+    space = ChannelSpace(net, x)
+    cuts = plans(space)
+    for plan in cuts.values():
+        small, masked = space.shrink(plan), space.mask(plan)
+        assert [m.training for m in small.modules()] == [m.training for m in masked.modules()] == modes
+    assert [module.training for module in net.modules()] == modes
+    with torch.no_grad():
+        for plan in cuts.values():
+            assert_mask_is_shrink(space, x, plan)
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert len(before) == len(net.state_dict())
+
+
+def test_small_network_says_how_wide_it_is() -> None:
+    net, x = network("resnext50_32x4d")
+    space = ChannelSpace(net, x)
+    small = space.shrink(plans(space)["random"])
+    for module in small.modules():
+        if isinstance(module, nn.Conv2d):
+            assert module.weight.shape[:2] == (module.out_channels, module.in_channels // module.groups)
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean.shape == module.weight.shape == (module.num_features,)
+        if isinstance(module, nn.Linear):
+            assert module.weight.shape == (module.out_features, module.in_features)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "densenet40"])
+def test_closed_form_is_the_count_at_any_widths(name: str) -> None:
+    net, x = network(name)
+    space = ChannelSpace(net, x)
+    random = np.random.default_rng(0)
+    widths = random.integers(1, space.sizes + 1, size=(12, len(space.groups)))
+    for scope in ("all", "conv"):
+        batch = space.cost(widths, scope)
+        for row, macs in zip(widths, batch, strict=True):
+            plan = space.plan({g.name: range(w) for g, w in zip(space.groups, row.tolist(), strict=True)})
+            assert space.macs(plan, scope) == space.macs(plan.widths, scope) == macs
+            assert cost.macs(space.shrink(plan), x, scope) == macs
+
+
+def test_macs_per_unit_are_what_one_filter_costs() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.Flatten(), nn.Linear(20, 2))
+    space = ChannelSpace(net, torch.zeros(1, 3, 6, 6))
+    assert space.cost.per_unit(space.sizes).tolist() == [3 * 9 * 16, 4 * 9 * 4]
+    assert space.cost.per_unit(np.array([2, 5])).tolist() == [3 * 9 * 16, 2 * 9 * 4]
+
+
+# Groups found by hand
+
+
+class Net(nn.Module):
+    """Layers given by name, and what to do with them."""
+
+    def __init__(self, forward: Callable[[Net, Tensor], Tensor], **layers: nn.Module | nn.Parameter) -> None:
+        super().__init__()
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+        self._forward = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._forward(self, x)
+
+
+def conv(inputs: int, outputs: int, kernel: int = 3, **options: object) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, **options)
+
+
+def shuffle(x: Tensor) -> Tensor:
+    batch, channels, height, width = x.size()
+    return x.view(batch, 2, channels // 2, height, width).transpose(1, 2).reshape(batch, -1, height, width)
+
+
+TINY: dict[str, tuple[Net, dict[str, int]]] = {
+    "chain": (
+        Net(lambda s, x: s.c(s.b(s.a(x)).relu()), a=conv(3, 4), b=conv(4, 5), c=conv(5, 2)),
+        {"a": 4, "b": 5},
+    ),
+    "batch norm": (
+        Net(lambda s, x: s.b(s.n(s.a(x)).sigmoid()), a=conv(3, 4), n=nn.BatchNorm2d(4), b=conv(4, 2)),
+        {"a": 4},
+    ),
+    "residual addition": (
+        Net(lambda s, x: (lambda y: s.d(y + s.c(s.b(y))))(s.a(x)), a=conv(3, 4), b=conv(4, 5), c=conv(5, 4), d=conv(4, 2)),
+        {"a": 4, "b": 5},
+    ),
+    "option A shortcut": (
+        Net(
+            lambda s, x: (lambda y: s.c(s.pad(y) + s.b(y)))(s.a(x)),
+            a=conv(3, 2), b=conv(2, 5), pad=ZeroPadChannels(1, 2), c=conv(5, 2),
+        ),
+        {"a": 2, "b": 3},
+    ),
+    "concatenation": (
+        Net(lambda s, x: s.c(torch.cat([s.a(x), s.b(x)], 1)), a=conv(3, 4), b=conv(3, 2), c=conv(6, 2)),
+        {"a": 4, "b": 2},
+    ),
+    "dense connection": (
+        Net(lambda s, x: (lambda y: s.c(torch.cat([y, s.b(y)], dim=1)))(s.a(x)), a=conv(3, 4), b=conv(4, 2), c=conv(6, 2)),
+        {"a": 4, "b": 2},
+    ),
+    "depthwise": (
+        Net(lambda s, x: s.c(s.b(s.a(x))), a=conv(3, 4), b=conv(4, 4, groups=4), c=conv(4, 2)),
+        {"a": 4},
+    ),
+    "depthwise multiplier": (
+        Net(lambda s, x: s.c(s.b(s.a(x))), a=conv(3, 4), b=conv(4, 8, groups=4), c=conv(8, 2)),
+        {"a": 4},
+    ),
+    "grouped": (
+        Net(lambda s, x: s.c(s.b(s.a(x))), a=conv(3, 6), b=conv(6, 9, groups=3), c=conv(9, 2)),
+        {"a": 3},
+    ),
+    "squeeze and excitation": (
+        Net(
+            lambda s, x: (lambda y: s.b(y * s.up(s.down(y.mean((2, 3), keepdim=True)).relu()).sigmoid()))(s.a(x)),
+            a=conv(3, 4), down=conv(4, 2, 1), up=conv(2, 4, 1), b=conv(4, 2),
+        ),
+        {"a": 4, "down": 2},
+    ),
+    "one map gates all": (
+        Net(lambda s, x: (lambda y: s.b(y * s.gate(y).sigmoid()))(s.a(x)), a=conv(3, 4), gate=conv(4, 1), b=conv(4, 2)),
+        {"a": 4},
+    ),
+    "channel shuffle": (
+        Net(lambda s, x: s.c(s.b(shuffle(s.a(x)))), a=conv(3, 6), b=conv(6, 4), c=conv(4, 2)),
+        {"a": 3, "b": 4},
+    ),
+    "chunk": (
+        Net(
+            lambda s, x: (lambda y: s.c(y[0] * s.b(y[1])))(s.a(x).chunk(2, dim=1)),
+            a=conv(3, 6), b=conv(3, 3), c=conv(3, 2),
+        ),
+        {"a": 3},
+    ),
+    "flatten": (
+        Net(lambda s, x: s.l(s.a(x).relu().flatten(1)), a=conv(3, 4), l=nn.Linear(4 * 36, 2)),
+        {"a": 4},
+    ),
+    "view with sizes of the tensor": (
+        Net(lambda s, x: s.l(s.a(x).view(x.size(0), -1)), a=conv(3, 4), l=nn.Linear(4 * 36, 2)),
+        {"a": 4},
+    ),
+    "hidden linear": (
+        Net(
+            lambda s, x: s.k(s.n(s.l(s.p(s.a(x)).flatten(1))).relu()),
+            a=conv(3, 4), p=nn.AdaptiveAvgPool2d(2), l=nn.Linear(16, 5), n=nn.BatchNorm1d(5), k=nn.Linear(5, 2),
+        ),
+        {"a": 4, "l": 5},
+    ),
+    "layer used twice": (
+        Net(lambda s, x: s.c(s.b(s.b(s.a(x)))), a=conv(3, 4), b=conv(4, 4), c=conv(4, 2)),
+        {"a": 4},
+    ),
+    "layer scale": (
+        Net(
+            lambda s, x: (lambda y: s.b(y + s.scale * s.a2(y)))(s.a(x)),
+            a=conv(3, 4), a2=conv(4, 4), scale=nn.Parameter(torch.randn(4, 1, 1)), b=conv(4, 2),
+        ),
+        {"a": 4},
+    ),
+    "layer norm keeps its channels": (
+        Net(
+            lambda s, x: s.k(s.l(s.n(s.a(x).permute(0, 2, 3, 1))).relu()).permute(0, 3, 1, 2),
+            a=conv(3, 4), n=nn.LayerNorm(4), l=nn.Linear(4, 5), k=nn.Linear(5, 2),
+        ),
+        {"l": 5},
+    ),
+    "softmax keeps its channels": (
+        Net(lambda s, x: s.c(s.b(s.a(x)).softmax(1)), a=conv(3, 4), b=conv(4, 5), c=conv(5, 2)),
+        {"a": 4},
+    ),
+    "fixed sizes keep their channels": (
+        Net(
+            lambda s, x: s.c(torch.cat([s.a(x).view(-1, 4, 6, 6), s.b(x)[:, :3], *s.d(x).split([2, 3], 1)], 1)) + s.e(x).amax(1, True),
+            a=conv(3, 4), b=conv(3, 5), d=conv(3, 5), e=conv(3, 2), c=nn.Sequential(conv(12, 3), conv(3, 2)),
+        ),
+        {"c.0": 3},
+    ),
+    "a constant per channel keeps the channels": (
+        Net(lambda s, x: s.c(s.b(s.a(x)) * torch.arange(1.0, 6.0).double().view(1, 5, 1, 1)), a=conv(3, 4), b=conv(4, 5), c=conv(5, 2)),
+        {"a": 4},
+    ),
+}  # fmt: skip
+
+
+def tiny(case: str) -> tuple[Net, Tensor]:
+    net = copy.deepcopy(TINY[case][0])
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    return randomise(net).eval(), x
+
+
+@pytest.mark.parametrize("case", TINY)
+def test_groups_are_those_found_by_hand(case: str) -> None:
+    net, x = tiny(case)
+    space = ChannelSpace(net, x)
+    assert {group.name: group.size for group in space.groups} == TINY[case][1]
+
+
+@pytest.mark.parametrize("case", TINY)
+@torch.no_grad()
+def test_removing_any_one_unit_is_zeroing_it(case: str) -> None:
+    net, x = tiny(case)
+    space = ChannelSpace(net, x)
+    for group in space.groups:
+        for unit in range(group.size):
+            plan = space.plan({group.name: [i for i in range(group.size) if i != unit]}) if group.size > 1 else None
+            if plan:
+                assert_mask_is_shrink(space, x, plan)
+    for plan in plans(space).values():
+        assert_mask_is_shrink(space, x, plan)
+
+
+def widths_of(net: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(p.shape) for name, p in net.named_parameters() if p.dim() > 1}
+
+
+def test_a_flattened_channel_takes_all_its_positions_along() -> None:
+    net, x = tiny("flatten")
+    space = ChannelSpace(net, x)
+    small = space.shrink(space.plan({"a": [1, 3]}))
+    assert widths_of(small) == {"a.weight": (2, 3, 3, 3), "l.weight": (2, 2 * 36)}
+    assert torch.equal(small.l.weight, net.l.weight.view(2, 4, 36)[:, [1, 3]].flatten(1))
+
+
+def test_shuffled_and_grouped_units_span_several_channels() -> None:
+    net, x = tiny("channel shuffle")
+    space = ChannelSpace(net, x)
+    assert widths_of(space.shrink(space.plan({"a": [2]})))["a.weight"] == (2, 3, 3, 3)
+    net, x = tiny("grouped")
+    space = ChannelSpace(net, x)
+    small = space.shrink(space.plan({"a": [0, 2]}))
+    assert widths_of(small) == {"a.weight": (4, 3, 3, 3), "b.weight": (6, 2, 3, 3), "c.weight": (2, 6, 3, 3)}
+    assert small.b.groups == 2
+    assert torch.equal(small.a.weight, net.a.weight[[0, 1, 4, 5]])
+
+
+def test_shortcut_with_zeros_splits_the_stream() -> None:
+    """Of b's five channels only the middle two are tied to a; the zeros around them shrink with the other three."""
+    net, x = tiny("option A shortcut")
+    space = ChannelSpace(net, x)
+    small = space.shrink(space.plan({"a": [1], "b": [2]}))
+    assert torch.equal(small.b.weight, net.b.weight[[2, 4]][:, [1]])
+    assert (small.pad.before, small.pad.after) == (0, 1)
+
+
+def test_ties_say_where_they_come_from() -> None:
+    def why(case: str) -> set[str]:
+        net, x = tiny(case)
+        return {tie.why for tie in ChannelSpace(net, x).coupling.ties}
+
+    assert why("chain") == set()
+    assert why("residual addition") == {"add"}
+    assert why("depthwise") == {"grouped convolution"}
+    assert why("chunk") == {"channel split", "mul"}
+    assert why("channel shuffle") == {"channel sections"}
+    assert why("layer used twice") == {"shared weights"}
+
+
+def test_weights_shared_by_two_layers_are_cut_once() -> None:
+    net = Net(lambda s, x: s.c(s.b(s.a(x)) + s.b2(s.a(x))), a=conv(3, 4), b=conv(4, 5), b2=conv(4, 5), c=conv(5, 2))
+    net.b2.weight = net.b.weight
+    space = ChannelSpace(randomise(net).eval(), torch.zeros(1, 3, 6, 6))
+    assert [group.size for group in space.groups] == [4, 5]
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    plan = space.plan({"a": [0, 3], "b": [1, 2]})
+    assert space.shrink(plan).b.weight is not None
+    small = space.shrink(plan)
+    assert small.b.weight is small.b2.weight
+    with torch.no_grad():
+        assert_mask_is_shrink(space, x, plan)
+
+
+def test_unit_weights_are_the_filters_of_all_writers() -> None:
+    net, x = tiny("residual addition")
+    space = ChannelSpace(net, x)
+    assert torch.equal(space.unit_weights("a"), torch.cat([net.a.weight.flatten(1), net.c.weight.flatten(1)], 1))
+    assert [axis.module for axis in space.writers("a")] == ["a", "c"]
+    net, x = tiny("grouped")
+    expected = torch.cat([net.a.weight.reshape(3, -1), net.b.weight.reshape(3, -1)], 1)
+    assert torch.equal(ChannelSpace(net, x).unit_weights("a"), expected)
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("name", ["resnet20", "mobilenet_v2", "shufflenet_v2_x0_5"])
+def test_gradients_are_those_of_the_masked_network_where_it_is_kept(name: str) -> None:
+    net, x = network(name)
+    space = ChannelSpace(net, x)
+    plan = plans(space)["random"]
+    masked, small = space.mask(plan).eval(), space.shrink(plan).eval()
+    labels = torch.tensor([3, 5])
+    for model in (masked, small):
+        nn.functional.cross_entropy(model(x), labels).backward()
+    kept = np.append(space.gates(plan).bool().numpy(), True)
+    expected = {key: parameter.grad for key, parameter in masked.named_parameters()}
+    for axis in space.coupling.axes:
+        if axis.name in expected:
+            index = torch.from_numpy(np.flatnonzero(kept[axis.units]))
+            expected[axis.name] = expected[axis.name].index_select(axis.dim, index)
+    scale = max(float(gradient.abs().max()) for gradient in expected.values())
+    for key, parameter in small.named_parameters():
+        assert parameter.grad.isfinite().all()
+        torch.testing.assert_close(parameter.grad, expected[key], rtol=1e-8, atol=1e-10 * scale)
+    assert all(parameter.grad.any() for key, parameter in small.named_parameters() if key.endswith("conv.weight"))
+
+
+@pytest.mark.parametrize("name", ["vgg11", "resnet20", "densenet40"])
+def test_small_network_learns(name: str) -> None:
+    net = models.build(name, width=0.25, seed=0)
+    space = ChannelSpace(net, torch.zeros(1, 3, 32, 32))
+    small = space.shrink(plans(space)["random"]).train()
+    generator = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(32, 3, 32, 32, generator=generator), torch.arange(32) % 10
+    optimizer = torch.optim.SGD(small.parameters(), lr=0.05)
+    start = {key: value.detach().clone() for key, value in small.named_parameters()}
+    losses = []
+    for _ in range(15):
+        loss = nn.functional.cross_entropy(small(x), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(not torch.equal(value, start[key]) for key, value in small.named_parameters())
+
+
+def test_frozen_parameters_stay_frozen() -> None:
+    net, x = tiny("chain")
+    net.a.weight.requires_grad_(False)
+    small = ChannelSpace(net, x).shrink(plans(ChannelSpace(net, x))["one unit"])
+    assert [p.requires_grad for p in small.parameters()] == [p.requires_grad for p in net.parameters()]
+
+
+# What is refused
+
+
+class Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+def refused(forward: Callable[[Net, Tensor], Tensor], **layers: nn.Module) -> str:
+    net = Net(forward, a=conv(3, 4), b=conv(4, 2), **layers)
+    with pytest.raises(UntraceableError) as caught:
+        ChannelSpace(net, torch.zeros(1, 3, 6, 6))
+    assert "While executing" not in str(caught.value)
+    assert net.training
+    return str(caught.value)
+
+
+def test_forward_that_depends_on_values_names_the_module() -> None:
+    message = refused(lambda s, x: s.b(s.body(s.a(x))), body=nn.Sequential(nn.ReLU(), Branching()))
+    assert "'body.1' (Branching) has a forward that depends on values" in message
+
+
+@pytest.mark.parametrize(
+    ("forward", "named"),
+    [
+        (lambda s, x: s.b(s.a(x).roll(1, 1)), "operation 'roll'"),
+        (lambda s, x: s.b(torch.matmul(s.a(x), s.a(x))), "operation 'matmul'"),
+        (lambda s, x: s.b(s.extra(s.a(x))), "module 'extra' of type PReLU"),
+        (lambda s, x: s.b(s.a(x) * s.a(x).size(1)), "'mul' computes with the size of a tensor"),
+        (lambda s, x: s.b(s.a(x) + s.a(x).mean((2, 3))), "'add' mixes channels of different dimensions"),
+        (lambda s, x: s.b(torch.cat([s.a(x), x.new_zeros(1)], 1)), "'new_zeros'"),
+        (lambda s, x: s.b(s.pool(s.a(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)), "'pool' works along dimension -3"),
+    ],
+)
+def test_unknown_operations_are_named(forward: Callable[[Net, Tensor], Tensor], named: str) -> None:
+    assert named in refused(forward, extra=nn.PReLU(4), pool=nn.AvgPool2d(1))
+
+
+def test_computed_weights_are_refused() -> None:
+    net = Net(lambda s, x: s.b(s.a(x)), a=nn.utils.parametrizations.weight_norm(conv(3, 4)), b=conv(4, 2))
+    with pytest.raises(UntraceableError, match=r"'weight' of module 'a' is computed|'a'"):
+        ChannelSpace(net, torch.zeros(1, 3, 6, 6))
+
+
+def test_attention_is_refused_by_name() -> None:
+    net = models.torchvision.models.vit_b_16(num_classes=7)
+    with pytest.raises(UntraceableError, match=r"(operation|module) '\w+|'cat'") as caught:
+        ChannelSpace(net, torch.zeros(1, 3, 224, 224))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 32, 32), (1, 3, 40, 40), (3, 32), (3,)])
+def test_example_of_the_wrong_shape(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="example") as caught:
+        ChannelSpace(models.build("convnet"), torch.zeros(shape))
+    assert "While executing" not in str(caught.value)
+
+
+def test_network_without_anything_to_remove() -> None:
+    with pytest.raises(ValueError, match="Conv2d has no channels that could be removed"):
+        ChannelSpace(nn.Conv2d(3, 4, 3), torch.zeros(1, 3, 6, 6))
+
+
+def test_unknown_group_has_no_weights() -> None:
+    space = ChannelSpace(models.build("convnet"), torch.zeros(1, 3, 32, 32))
+    with pytest.raises(ValueError, match=r"unknown groups \['conv9'\]: this network has conv1, conv2, conv3"):
+        space.unit_weights("conv9")
+    assert operator.attrgetter("kind")(space) == "channels"
