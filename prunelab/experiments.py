@@ -1,8 +1,8 @@
 """An experiment is a frozen description; running it gives one row; a row that is in the store is not computed again.
 
-The path is the same for every method: a dense network trained by the recipe and the seed, pruned to the budget, fine-tuned with
-what the method has left of the common effort, evaluated. On a CPU every experiment runs on one thread of its own, so a row
-does not depend on how many run side by side.
+The path is the same for every method: a dense network trained by the recipe and the seed, pruned to the budget,
+fine-tuned with what the method has left of the common effort, evaluated. On a CPU every experiment runs on one thread
+of its own, so a row does not depend on how many run side by side.
 """
 
 from __future__ import annotations
@@ -116,9 +116,7 @@ class Experiment:
         except KeyError as error:
             raise ValueError(f"row {row.get('key')}: {error} is missing") from error
         if found.key != row["key"]:
-            raise ValueError(
-                f"row {row['key']}: its settings have the key {found.key}; it was changed after it was made"
-            )
+            raise ValueError(f"row {row['key']}: its settings have the key {found.key}: it was changed by hand")
         return found
 
     @property
@@ -157,7 +155,7 @@ class Store:
                     found[row["key"]] = row
                 except (ValueError, KeyError, TypeError) as error:
                     raise ValueError(
-                        f"{path}, line {number} is not a row ({error}): delete the line and the experiment will run again"
+                        f"{path}, line {number} is not a row ({error}): delete it, and the experiment runs again"
                     ) from error
         return found
 
@@ -264,9 +262,7 @@ def base_network(experiment: Experiment) -> nn.Module:
     try:
         net.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError) as error:
-        raise ValueError(
-            f"the cached weights {path} are damaged ({error}): delete the file and they will be trained again"
-        ) from error
+        raise ValueError(f"{path} is damaged ({error}): delete it, and the network is trained again") from error
     return net.to(images.device).eval()
 
 

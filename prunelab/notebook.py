@@ -18,8 +18,8 @@ def parameters(namespace: MutableMapping[str, Any], **legal: Legal) -> None:
 
     Args:
         namespace: the notebook's names. Those that start with "_", modules, functions and classes are not parameters.
-        legal: for each parameter, its legal values (any collection, a range), a type, or a predicate whose docstring says
-            what is legal.
+        legal: for each parameter, its legal values (any collection, a range), a type, or a predicate whose docstring
+            says what is legal.
 
     Raises:
         ValueError: a parameter is unknown, missing, or has an illegal value; it is named, with the legal ones.

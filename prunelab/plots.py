@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -107,7 +108,7 @@ def use_style() -> None:
 def accuracy_against_macs(
     rows: pd.DataFrame, labels: Mapping[str, str] | None = None, ax: Axes | None = None, metric: str = "test_tuned"
 ) -> Axes:
-    """Draw accuracy against the fraction of the MACs kept: every seed, the mean, and its 95% interval where seeds allow.
+    """Draw accuracy against the fraction of the MACs kept: every seed, the mean, and its 95% interval.
 
     The dense arm is a line at its mean in a band that spans its seeds: differences inside it are noise.
 
@@ -129,7 +130,7 @@ def accuracy_against_macs(
         _curve(ax, rows[rows.arm == arm], metric, look(arm), aside)
     budgets = sorted(rows.macs[rows.method != "dense"].unique(), reverse=True)
     ax.set_xscale("log", base=2)
-    ax.set_xticks(budgets, [str(Fraction(budget).limit_denominator(100)) for budget in budgets])
+    ax.set_xticks(budgets, [_fraction(budget) for budget in budgets])
     ax.xaxis.set_minor_locator(NullLocator())
     ax.invert_xaxis()
     ax.set(xlabel="MACs kept", ylabel=f"{_metric_name(metric)} (%)")
@@ -138,36 +139,25 @@ def accuracy_against_macs(
 
 
 def _curve(ax: Axes, rows: pd.DataFrame, metric: str, look: Look, aside: float) -> None:
-    ax.plot(
-        rows.macs * aside,
-        rows[metric],
-        linestyle="none",
-        marker=look.marker,
-        color=look.colour,
-        alpha=0.3,
-        markersize=4,
-    )
-    means = rows.groupby("macs")[metric].agg(lambda values: interval(values)[0])
+    ax.plot(rows.macs * aside, rows[metric], look.marker, color=look.colour, alpha=0.3, markersize=4)
+    means = rows.groupby("macs")[metric].mean()
     ax.plot(means.index * aside, means, color=look.colour, marker=look.marker, markersize=6)
-    for macs, values in rows.groupby("macs")[metric]:
-        _, low, high = interval(values.to_numpy())
-        if high < 100 and low > 0:
-            ax.vlines(float(macs) * aside, low, high, color=look.colour, linewidth=1.2)  # type: ignore[arg-type]
+    for macs in means.index:
+        _, low, high = interval(rows[metric][rows.macs == macs].to_numpy())
+        ax.vlines(macs * aside, low, high, color=look.colour, linewidth=1.2)
 
 
 def _legend(ax: Axes, labels: Mapping[str, str]) -> None:
     handles = [
-        Line2D(
-            [],
-            [],
-            color=look(arm).colour,
-            marker=look(arm).marker,
-            linestyle="--" if arm == "dense" else "-",
-            label=label,
-        )
+        Line2D([], [], color=colour, marker=marker, linestyle="--" if arm == "dense" else "-", label=label)
         for arm, label in labels.items()
+        for colour, marker in [look(arm)]
     ]
     ax.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5))
+
+
+def _fraction(budget: float) -> str:
+    return str(Fraction(budget).limit_denominator(100))
 
 
 def _metric_name(metric: str) -> str:
@@ -189,14 +179,13 @@ def paired_differences(verdict: Verdict, labels: Mapping[str, str], ax: Axes | N
     ax.axvline(0, color=BLACK, linewidth=1)
     if verdict.claim.margin:
         ax.axvline(-verdict.claim.margin, color=BLACK, linewidth=1, linestyle="--")
-    for place, row in enumerate(found.itertuples()):
-        drawn = look(str(row.control))
-        colour = drawn.colour if drawn.colour != BLACK else look(verdict.claim.treatment).colour
-        ax.hlines(place, row.low, row.high, color=colour, linewidth=2)
-        ax.plot(
-            row.mean, place, marker="o", markersize=7, color=colour, markerfacecolor=colour if row.passed else "white"
-        )
-    names = [f"{labels[row.control]}, {Fraction(row.macs).limit_denominator(100)}" for row in found.itertuples()]
+    names = []
+    for place, row in enumerate(found.to_dict("records")):
+        colour = look(row["control"] if row["control"] != "dense" else verdict.claim.treatment).colour
+        ax.hlines(place, row["low"], row["high"], color=colour, linewidth=2)
+        face = colour if row["passed"] else "white"
+        ax.plot(row["mean"], place, "o", markersize=7, color=colour, markerfacecolor=face)
+        names.append(f"{labels[row['control']]}, {_fraction(row['macs'])}")
     ax.set_yticks(range(len(found)), names)
     ax.set_ylim(len(found) - 0.5, -0.5)
     ax.grid(axis="y", visible=False)
@@ -216,8 +205,8 @@ def kept_per_layer(plan: Plan, ax: Axes | None = None) -> Axes:
     for place, name in enumerate(names):
         inside = shares[place] > 80
         text = f" {plan.widths[name]} of {plan.sizes[name]} "
-        side = {"ha": "right", "color": "white"} if inside else {"ha": "left", "color": BLACK}
-        ax.text(shares[place], place, text, va="center", fontsize=8, **side)
+        colour, side = ("white", "right") if inside else (BLACK, "left")
+        ax.text(shares[place], place, text, va="center", ha=side, color=colour, fontsize=8)
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
     ax.set(xlim=(0, 100), xlabel=f"{plan.space} kept (%)")
@@ -250,8 +239,9 @@ def probability_trace(trace: ArrayLike, kept: ArrayLike, ax: Axes | None = None)
 
 
 def save(figure: Figure, name: str) -> None:
-    """Write a figure to `<name>.png` in the repository's figures folder; do nothing where the package has no repository."""
-    if FIGURES.is_dir():
+    """Write a figure to `<name>.png` in the repository's figures folder, or in `PRUNELAB_FIGURES`, if there is one."""
+    folder = Path(os.environ.get("PRUNELAB_FIGURES") or FIGURES)
+    if folder.is_dir():
         image = io.BytesIO()
         figure.savefig(image, format="png", dpi=DPI, metadata={"Software": None})
-        write_atomically(FIGURES / f"{name}.png", image.getvalue())
+        write_atomically(folder / f"{name}.png", image.getvalue())

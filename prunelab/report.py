@@ -6,9 +6,11 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from scipy import stats
 
 from prunelab import claims
@@ -20,6 +22,7 @@ HOLDS, IN_PART, FAILS, NOT_TESTED = WORDS = "holds", "holds in part", "does not 
 
 LEAST_SEEDS = 3
 CONFIDENCE = 0.95
+COLUMNS = ["notebook", "paper", "claim", "paper's number", "measured here", "verdict", "setting", "seeds", "minutes"]
 MARKERS = "<!-- verdicts:begin -->", "<!-- verdicts:end -->"
 
 Cells = Mapping[tuple[str, float, int], Experiment]
@@ -32,8 +35,8 @@ class Verdict:
     Attributes:
         claim: what was claimed.
         word: "holds", "holds in part", "does not hold here" or "not tested here".
-        differences: one row per control and budget: control, macs, mean, low, high (treatment − control in points, with the
-            95% Student-t interval), seeds (pairs that they come from), passed (whether the interval is clear of the bound).
+        differences: one row per control and budget: control, macs; mean, low, high of treatment − control in points, with
+            the 95% Student-t interval; seeds, the number of pairs; passed, whether low is above the bound.
     """
 
     claim: Claim
@@ -67,10 +70,10 @@ def results(
         The columns of a row, after `arm` (its name) and `label` (what figures call it).
     """
     rows = run(experiments.values(), store=store, jobs=jobs, progress=progress)
-    return _named(paper, experiments, {row["key"]: row for row in rows.to_dict("records")})
+    return _named(paper, experiments, {str(row["key"]): row for row in rows.to_dict("records")})
 
 
-def _named(paper: Paper, experiments: Cells, known: Mapping[str, Row]) -> pd.DataFrame:
+def _named(paper: Paper, experiments: Cells, known: Mapping[str, Mapping[Any, Any]]) -> pd.DataFrame:
     """Return those rows of some experiments that are known, with the arms that they belong to."""
     found = [
         {"arm": arm, "label": paper.arms[arm].label, **known[experiment.key]}
@@ -83,10 +86,10 @@ def _named(paper: Paper, experiments: Cells, known: Mapping[str, Row]) -> pd.Dat
 def verdict(claim: Claim, rows: pd.DataFrame) -> Verdict:
     """Decide a claim by the paired differences treatment − control over seeds, at every budget and for every control.
 
-    "better" asks that the 95% Student-t interval of the mean difference lies above 0, "not worse" that it lies above −margin.
-    All intervals do: holds. None does: does not hold here. Else: holds in part. Fewer than 3 common seeds at any budget of
-    any control, or a budget of the claim that was not run: not tested here. A dense control, which has one budget, is
-    compared with the treatment at each of the treatment's.
+    "better" asks that the 95% Student-t interval of the mean difference lies above 0, "not worse" that it lies above
+    −margin. All intervals do: holds. None does: does not hold here. Else: holds in part. Fewer than 3 common seeds at
+    any budget of any control, or a budget of the claim that was not run: not tested here. A dense control, which has
+    one budget, is compared with the treatment at each of the treatment's.
 
     Args:
         claim: what to decide.
@@ -101,7 +104,7 @@ def verdict(claim: Claim, rows: pd.DataFrame) -> Verdict:
         for budget in budgets:
             treated = _by_seed(values, claim.treatment, budget)
             pairs = (treated - _by_seed(values, control, 1.0 if control in dense else budget)).dropna()
-            mean, low, high = interval(pairs.to_numpy())
+            mean, low, high = interval(pairs.to_numpy(dtype=float))
             found.append((control, budget, mean, low, high, len(pairs), low > -claim.margin))
     columns = ["control", "macs", "mean", "low", "high", "seeds", "passed"]
     differences = pd.DataFrame(found, columns=columns)
@@ -121,7 +124,7 @@ def _word(differences: pd.DataFrame) -> str:
     return IN_PART if differences.passed.any() else FAILS
 
 
-def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float, float]:
+def interval(values: Sequence[float] | NDArray[np.float64]) -> tuple[float, float, float]:
     """Return the mean and the 95% Student-t interval around it, x̄ ∓ t(n − 1)·s/√n; NaN where n is too small for it."""
     n = len(values)
     mean = float(np.mean(values)) if n else float("nan")
@@ -140,8 +143,8 @@ def verdict_table(store: Store | None = None, *, recorded: bool = True) -> pd.Da
             effort that the store has rows of, and no others.
 
     Returns:
-        notebook, paper, claim, paper's number, measured here, verdict, setting, seeds, minutes. The paper's number and what
-        was measured here stand in columns of their own, and may not be of the same thing.
+        notebook, paper, claim, paper's number, measured here, verdict, setting, seeds, minutes. The paper's number and
+        what was measured here stand in columns of their own, and need not be of the same thing.
     """
     store = store or Store()
     known = store.rows()
@@ -151,24 +154,13 @@ def verdict_table(store: Store | None = None, *, recorded: bool = True) -> pd.Da
         for experiments in ([paper.experiments()] if recorded else found(paper, known.values()))
         for claim in paper.claims
     ]
-    columns = (
-        "notebook",
-        "paper",
-        "claim",
-        "paper's number",
-        "measured here",
-        "verdict",
-        "setting",
-        "seeds",
-        "minutes",
-    )
-    return pd.DataFrame(lines, columns=list(columns))
+    return pd.DataFrame(lines, columns=COLUMNS)
 
 
 def found(paper: Paper, rows: Iterable[Row]) -> list[Cells]:
     """Return the experiments of a paper for each data set, network and effort that there are rows of."""
     rows = list(rows)
-    grids = []
+    grids: list[Cells] = []
     for dataset, model, effort in dict.fromkeys((row["dataset"], row["model"], row["effort"]) for row in rows):
         same = [row for row in rows if (row["dataset"], row["model"], row["effort"]) == (dataset, model, effort)]
         seeds = 1 + max(row["seed"] for row in same)

@@ -65,7 +65,7 @@ def test_bn_scale_adds_the_norms_of_a_sum() -> None:
 
 def test_bn_scale_refuses_what_no_norm_scales() -> None:
     bare = ChannelSpace(build("convnet", shape=(1, 8, 8), seed=0), EXAMPLE)
-    with pytest.raises(ValueError, match="batch norm with a scale .* none follows conv1, conv2, conv3"):
+    with pytest.raises(ValueError, match=r"batch norm with a scale .* none follows conv1, conv2, conv3"):
         bare.scores("bn_scale")
     with pytest.raises(ValueError, match="this space has columns"):
         ColumnSpace(build("convnet-bn", shape=(1, 8, 8), seed=0), EXAMPLE).scores("bn_scale")
@@ -83,5 +83,5 @@ def test_random_scores_repeat_with_their_seed() -> None:
 
 
 def test_unknown_criterion_lists_the_known() -> None:
-    with pytest.raises(ValueError, match="'l3'.*'l1', 'l2', 'bn_scale', 'random'"):
+    with pytest.raises(ValueError, match=r"'l3'.*'l1', 'l2', 'bn_scale', 'random'"):
         scores.named("l3")

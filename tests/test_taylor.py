@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -116,7 +117,7 @@ def test_several_writers_of_a_unit_add_up() -> None:
 
 
 def test_gates_leave_the_output_and_the_network_alone() -> None:
-    net, (images, labels) = tiny(), batch()
+    net, (images, _) = tiny(), batch()
     plain = net(images)
     space = ChannelSpace(net, images[:1])
     with gated(space):
@@ -124,7 +125,7 @@ def test_gates_leave_the_output_and_the_network_alone() -> None:
     assert not any(module._forward_hooks for module in net.modules())
 
 
-# -- the ranking --------------------------------------------------------------------------------------------------------
+# -- the ranking ------------------------------------------------------------------------------------------------------
 
 
 def test_theta_hat_has_unit_norm_and_no_scale() -> None:
@@ -174,7 +175,7 @@ def test_removing_a_map_shrinks_the_next_layers_inputs() -> None:
     assert cut[4].in_channels == cut[1].num_features == cut[0].out_channels == 4
 
 
-# -- the method ---------------------------------------------------------------------------------------------------------
+# -- the method -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=[("convnet-bn", 1.0), ("vgg11", 0.25), ("resnet20", 0.5)], ids=lambda p: p[0])
@@ -210,7 +211,7 @@ def test_widths_fall_round_by_round(case: tuple[nn.Module, dict[str, Tensor], Pr
     shares = [space.macs(widths, "conv") / space.macs(scope="conv") for widths in history]
     for number, share in enumerate(shares, start=1):
         assert share <= 1 - 0.5 * number / rounds
-    for earlier, later in zip(history, history[1:], strict=False):
+    for earlier, later in pairwise(history):
         assert all(later[group] <= earlier[group] for group in later)
 
 
@@ -259,7 +260,7 @@ def test_share_bounds_the_effort(context: Context) -> None:
     short = Taylor(updates=1000, share=0.25)(net, Budget(0.5), context)
     assert short.epochs == int(0.25 * per_epoch) / per_epoch  # one round of fewer updates
     assert len(short.history["widths"]) == 1
-    with pytest.raises(ValueError, match="share is 0.01: of 1 epochs that is not one update"):
+    with pytest.raises(ValueError, match=r"share is 0\.01: of 1 epochs that is not one update"):
         Taylor(share=0.01)(net, Budget(0.5), context)
 
 

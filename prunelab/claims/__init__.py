@@ -46,7 +46,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Setting:
-    """What the recorded rows were measured on: the fields of `Experiment`, budgets in falling order, seeds 0 to seeds − 1."""
+    """What the recorded rows were measured on: the fields of `Experiment`, and seeds 0 to seeds − 1."""
 
     dataset: str
     model: str
@@ -218,7 +218,7 @@ def _make(kind: type[T], table: dict[str, Any], where: str) -> T:
 
 def _check(paper: Paper, path: Path) -> None:
     """Check what one field says about another."""
-    names = [claim.id for claim in paper.claims]
+    ids = [claim.id for claim in paper.claims]
     for claim in paper.claims:
         for field, value, legal in (
             ("rule", claim.rule, RULES),
@@ -234,12 +234,12 @@ def _check(paper: Paper, path: Path) -> None:
             raise ValueError(f"claims.{claim.id}: controls is empty; a claim needs something to be compared with")
         if claim.margin < 0 or (claim.margin > 0) != (claim.rule == "not worse"):
             raise ValueError(f"claims.{claim.id}: margin is {claim.margin}; it is > 0 with 'not worse', else absent")
-    for arm, effort in ((name, effort) for name, arm in paper.arms.items() for effort in arm.by_effort):
-        if effort not in EFFORTS:
-            raise ValueError(f"arms.{arm}: by_effort is {effort!r}; legal values are {', '.join(EFFORTS)}")
+    for name, arm in paper.arms.items():
+        if strange := sorted(set(arm.by_effort) - set(EFFORTS)):
+            raise ValueError(f"arms.{name}: by_effort is {strange[0]!r}; legal values are {', '.join(EFFORTS)}")
     if paper.notebook != path.stem:
         raise ValueError(f"notebook is {paper.notebook!r}; it must be the file's name, {path.stem!r}")
-    if len(set(names)) < len(names) or sum(claim.headline for claim in paper.claims) != 1:
+    if len(set(ids)) < len(ids) or sum(claim.headline for claim in paper.claims) != 1:
         raise ValueError("claims: ids must differ, and exactly one has headline = true")
     if sum(number.headline for number in paper.numbers) > 1:
         raise ValueError("numbers: at most one has headline = true")

@@ -29,19 +29,19 @@ Order = Literal["independent", "greedy"]
 class L1:
     """Remove the units of least s_j = Σ|W_j|, ranked inside each layer, without training.
 
-    Where layers are added, the shortcut decides: the filters of its 1x1 projection are ranked, and every layer of the sum
-    loses the same ones. With an identity shortcut there is nothing to rank, and the sum stays whole.
+    Where layers are added, the shortcut decides: the filters of its 1x1 projection are ranked, and every layer of the
+    sum loses the same ones. With an identity shortcut there is nothing to rank, and the sum stays whole.
 
     unit: "filters", or "columns" of the im2col matrix: SPP's one-shot control, which the rule on sums does not touch.
     selection: which go: the "smallest", the "largest" or "random" ones, drawn by the context's seed.
-    order: "independent" ranks whole filters; "greedy" goes from input to output, and the sum of a filter counts only the
-        input channels that are left (filters only: removing columns leaves every layer all its inputs).
-    ratios: {group: fraction p to remove, in [0, 1)}: floor(C·(1 - p)) of C units stay, in exact arithmetic, and at least
-        one; groups not named stay whole, and the budget is an upper bound. None: the same fraction everywhere, as the
-        budget asks.
+    order: "independent" ranks whole filters; "greedy" goes from input to output, and the sum of a filter counts only
+        the input channels that are left (filters only: removing columns leaves every layer all its inputs).
+    ratios: {group: fraction p to remove, in [0, 1)}: floor(C·(1 - p)) of C units stay, in exact arithmetic, and at
+        least one; groups not named stay whole, and the budget is an upper bound. None: the same fraction everywhere,
+        as the budget asks.
 
-    Raises ValueError naming a field, its value and the legal values. A call raises it for ratios of unknown groups, of sums
-    with an identity shortcut or above the budget, and for a budget that cannot be met, naming the least that can.
+    Raises ValueError naming a field, its value and the legal values. A call raises it for ratios of unknown groups, of
+    sums with an identity shortcut or above the budget, and for a budget that cannot be met, naming the least that can.
     """
 
     name: ClassVar[str] = "l1"
@@ -141,7 +141,7 @@ def _check(space: Space, plan: Plan, budget: Budget) -> None:
         raise ValueError(f"l1: ratios keep {kept:.4f} of the MACs ({budget.scope}); the budget is {budget.macs}")
 
 
-# -- choosing the ratios ------------------------------------------------------------------------------------------------
+# -- choosing the ratios ----------------------------------------------------------------------------------------------
 
 
 def sensitivity(
@@ -174,7 +174,7 @@ def _first_convs(stages: Mapping[str, tuple[int, float]], skip: Collection[int] 
     Layers are counted as in the paper: the stem is 1, then two per block, projections not counted.
     """
     blocks = [(f"{stage}.{block}.conv1", p) for stage, (count, p) in stages.items() for block in range(count)]
-    return {name: p for layer, (name, p) in zip(range(2, 10**9, 2), blocks) if p and layer not in skip}
+    return {name: p for index, (name, p) in enumerate(blocks) if 2 * index + 2 not in skip}
 
 
 _SENSITIVE_34 = (2, 8, 14, 16, 26, 28, 30, 32)

@@ -23,9 +23,9 @@ from prunelab.training import Context, Hook, State, fit
 class Taylor:
     """Alternate training and removing the filters whose loss would change least, ranked across the network.
 
-    Every `updates` mini-batches the units of least Θ̂ - λ·Θ^flops go: Θ̂ is the mean Θ of those batches over the L2 norm of
-    its group, Θ^flops the MFLOPs, two per multiply-add, that one feature map costs at the present widths. The multiply-adds
-    fall by the same amount each time, the last time to the budget; what was removed is held at zero meanwhile.
+    Every `updates` mini-batches the units of least Θ̂ - λ·Θ^flops go: Θ̂ is the mean Θ of those batches over the L2 norm
+    of its group, Θ^flops the MFLOPs, two per multiply-add, that one feature map costs at the present widths. The
+    multiply-adds fall by the same amount each time, the last time to the budget; what is removed stays at zero.
 
     flops_regularisation: λ >= 0.
     updates: mini-batches between two removals, >= 1; fewer if `share` leaves too little effort for them.
@@ -77,11 +77,10 @@ class Taylor:
 class Theta:
     """Θ of every unit, gathered over mini-batches; call `collect` after each backward pass.
 
-    Θ(z) = |1/M Σ_m ∂C/∂z_m · z_m| of an example's feature map z of M positions, averaged over examples. Each map gets a
-    gate of one, as ∂C/∂gate = Σ_m ∂C/∂z_m · z_m: at the batch norm behind the layer, or at the layer if no batch norm
-    alone reads it. The paper's maps lie behind the ReLU, where Θ is the same: ∂C/∂z_m · z_m does not change there. (A max
-    pool keeps the sum too; M is then another, but all Θ of a group share it.) Where several layers write a unit, their Θ
-    add up.
+    Θ(z) = |1/M Σ_m ∂C/∂z_m · z_m| of an example's feature map z of M positions, averaged over examples. Each map gets
+    a gate of one, as ∂C/∂gate = Σ_m ∂C/∂z_m · z_m: at the batch norm behind the layer, or at the layer if no batch norm
+    alone reads it. The paper's maps lie behind the ReLU, where Θ is the same, because ∂C/∂z_m · z_m is. (A max pool
+    keeps the sum too, and all maps of a layer share M.) Where several layers write a unit, their Θ add up.
 
     Args:
         units: per layer, the unit that each of its channels belongs to, -1 for none.

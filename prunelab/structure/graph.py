@@ -14,6 +14,7 @@ needs a rule of its own.
 
 from __future__ import annotations
 
+import copy
 import math
 import operator
 from collections import Counter
@@ -132,16 +133,20 @@ def couple(net: nn.Module, example: Tensor) -> Coupling:
         UntraceableError: the forward depends on values, or a module or operation is not known to be safe; it is named.
         ValueError: the network does not accept an input of the example's shape.
     """
+    if example.dim() < 2:
+        raise ValueError(f"the example must be a batch of images, float [N, C, H, W], got shape {tuple(example.shape)}")
+    root = copy.copy(net)  # where torch.fx puts the constants that it meets
     with _evaluating(net):
         tracer = _Tracer()
         try:
-            graph = tracer.trace(net)
+            graph = tracer.trace(root)
         except Exception as error:
             raise UntraceableError(
                 f"{type(net).__name__} cannot be traced: module {tracer.where!r} "
                 f"({type(tracer.inside).__name__}) has a forward that depends on values ({error})"
             ) from error
-        labeller = _Labeller(net, graph)
+        labeller = _Labeller(root, graph)
+        labeller.example = f"{example.dtype} of shape {tuple(example.shape)}"
         labeller.run(torch.empty((1, *example.shape[1:]), dtype=example.dtype, device="meta"))
     return labeller.coupling()
 
@@ -195,6 +200,7 @@ class _Labeller(fx.Interpreter):
     def __init__(self, net: nn.Module, graph: fx.Graph) -> None:
         super().__init__(net, garbage_collect_values=False, graph=graph)
         self.extra_traceback = False  # the message of an error says which node it is about
+        self.example = ""
         self.found = _Found()
         self.channels: dict[fx.Node, Any] = {}  # Channels, or a tuple of them for chunk and split
         self.meta = {id(tensor): tensor.detach().to("meta") for tensor in (*net.parameters(), *net.buffers())}
@@ -262,7 +268,7 @@ class _Labeller(fx.Interpreter):
             value = super().run_node(n)
         except Exception as error:
             raise ValueError(
-                f"the network does not accept an input of the example's shape: {_name(n)!r} (at {n.name!r}): {error}"
+                f"the network does not accept an input like the example, {self.example}: {_name(n)!r} says {error}"
             ) from None
         self.env[n] = value
         self.channels[n] = self._channels_of(n, value)
@@ -271,7 +277,7 @@ class _Labeller(fx.Interpreter):
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Read a parameter as a meta tensor."""
         value = super().get_attr(target, args, kwargs)
-        return self.meta.get(id(value), value)
+        return value.to("meta") if isinstance(value, Tensor) else value
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Call a layer with meta parameters; the result of most needs no call, having the shape of their input."""
@@ -309,8 +315,8 @@ class _Labeller(fx.Interpreter):
 
     def _parameter(self, name: str, value: Any) -> Channels | None:
         """A parameter used as it is, such as a layer scale: its one long dimension may follow the channels."""
-        if not isinstance(value, Tensor):
-            return None
+        if id(self.fetch_attr(name)) not in self.meta:
+            return None  # a constant
         long = [dim for dim, size in enumerate(value.shape) if size > 1]
         if not long:
             return None

@@ -281,7 +281,20 @@ class Space(ABC):
                 high = middle
             else:
                 low = middle + 1
-        return widths(high)
+        return self._given_back(widths(high), removed_from[:high][::-1], allowed, budget.scope)
+
+    def _given_back(self, widths: Ints, removed_from: Ints, allowed: float, scope: Scope) -> Ints:
+        """Give units back, last removed first, as long as they fit: the groups' units differ in cost, so some still do."""
+        full: set[int] = set()  # groups whose next unit does not fit
+        for group in removed_from.tolist():
+            if group not in full:
+                widths[group] += 1
+                if self.cost(widths, scope) > allowed:
+                    widths[group] -= 1
+                    full.add(group)
+            if len(full) == len(widths):
+                break
+        return widths
 
     def _priority(self, scores: Scores, ranking: Ranking) -> NDArray[np.float64]:
         if ranking not in get_args(Ranking):

@@ -1,0 +1,362 @@
+"""The command line: list, run, report, verify, doctor."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import os
+import platform
+import random
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from prunelab import __version__
+from prunelab._files import cache_folder
+
+if TYPE_CHECKING:  # what needs PyTorch is imported by the commands that use it: `--help` and `doctor` do not
+    import pandas as pd
+
+    from prunelab.experiments import Experiment, Row
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+COLOURS = {"holds": "green", "holds in part": "yellow", "does not hold here": "red", "not tested here": "bright_black"}
+TOLERANCE = 0.5  # points of accuracy that a recomputed row may differ by, if its seeds do not differ by more
+
+app = typer.Typer(help="Structured pruning: the papers' claims, tested.", no_args_is_help=True, add_completion=False)
+console = Console()
+errors = Console(stderr=True)
+
+P = ParamSpec("P")
+
+
+def command(function: Callable[P, None]) -> Callable[P, None]:
+    """Show a user's error as one red line, and exit with 2."""
+
+    @functools.wraps(function)
+    def shown(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            function(*args, **kwargs)
+        except (ValueError, FileNotFoundError) as error:
+            errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(2) from error
+
+    return shown
+
+
+@app.command("list")
+@command
+def list_() -> None:
+    """Show the notebooks with their claims and verdicts, and what can be named in their parameters."""
+    from prunelab import data, experiments, methods, models, report
+
+    verdicts = report.verdict_table()
+    table = Table("notebook", "claim", "verdict")
+    for path in _notebooks():
+        own = verdicts[verdicts.notebook == path.stem]
+        for place, (claim, word) in enumerate(zip(own.claim, own.verdict, strict=True)):
+            table.add_row("" if place else path.stem, claim, _coloured(word))
+        if own.empty:
+            table.add_row(path.stem, "", "")
+    console.print(table)
+    for what, names in (
+        ("data sets", data.NAMES),
+        ("networks", (*models.NAMES, "any classification network of torchvision")),
+        ("methods", methods.METHODS),
+        ("efforts", experiments.EFFORTS),
+    ):
+        console.print(f"[bold]{what}[/]: {', '.join(names)}", highlight=False, soft_wrap=True)
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+@command
+def run(
+    words: Annotated[list[str], typer.Argument(metavar="NN|all [-p NAME VALUE]...", show_default=False)],
+    fresh: Annotated[bool, typer.Option("--fresh", help="Compute every row anew, in OUT/results.")] = False,
+    out: Annotated[Path, typer.Option(help="Where executed notebooks, pages and figures go.")] = Path("build"),
+) -> None:
+    """Run notebooks with other parameters: NN is the start of a notebook's name, `-p NAME VALUE` sets a parameter.
+
+    With several notebooks, each is given the parameters that it has.
+    """
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    names, given = _parse(words)
+    chosen = _choose(names)
+    known = {path: papermill.inspect_notebook(str(path)) for path in chosen}
+    for name in given:
+        if not any(name in parameters for parameters in known.values()):
+            has = "; ".join(f"{path.stem} has {', '.join(found) or 'none'}" for path, found in known.items())
+            raise ValueError(f"unknown parameter {name}: {has}")
+    (out / "figures").mkdir(parents=True, exist_ok=True)
+    with _environment(PRUNELAB_FIGURES=out / "figures", PRUNELAB_RESULTS=_emptied(out / "results") if fresh else None):
+        for path, parameters in known.items():
+            console.print(f"[bold]{path.stem}[/]")
+            executed = out / path.name
+            own = {name: value for name, value in given.items() if name in parameters}
+            try:
+                papermill.execute_notebook(str(path), str(executed), own, cwd=str(path.parent))
+            except PapermillExecutionError as error:
+                errors.print(f"{path.stem}: {error.ename}: {error.evalue} ({executed})", style="red", markup=False)
+                raise typer.Exit(1) from error
+            _write_page(executed)
+        from prunelab import report
+
+        table = report.verdict_table(recorded=False)
+    _show(table[table.notebook.isin([path.stem for path in chosen])])
+
+
+@app.command("report")
+@command
+def report_(
+    write: Annotated[bool, typer.Option("--write", help="Write the table into README.md too.")] = False,
+) -> None:
+    """Show the verdicts of the recorded rows."""
+    from prunelab import report
+
+    if write:
+        report.write_readme(REPOSITORY / "README.md")
+    _show(report.verdict_table())
+
+
+@app.command()
+@command
+def verify(
+    notebook: Annotated[str | None, typer.Argument(metavar="[NN]", help="Only rows of this notebook.")] = None,
+    sample: Annotated[int, typer.Option(min=1, help="How many rows to recompute.")] = 3,
+    seed: Annotated[int, typer.Option(help="Which rows are drawn.")] = 0,
+) -> None:
+    """Recompute some of the recorded rows and compare.
+
+    A new test accuracy may differ from the recorded one by half a point, or by two standard deviations over the
+    recorded seeds of the same experiment if that is more.
+    """
+    from prunelab import claims, report
+    from prunelab.experiments import Experiment, Store, run
+
+    known = Store().rows()
+    keys = set(known)
+    if notebook is not None:
+        found = report.found(claims.load(notebook), known.values())
+        keys &= {experiment.key for cells in found for experiment in cells.values()}
+    chosen = random.Random(seed).sample(sorted(keys), min(sample, len(keys)))
+    wanted = _at_hand([Experiment.of(known[key]) for key in chosen])
+    if not wanted:
+        raise ValueError(f"nothing to verify among {len(keys)} recorded rows")
+    with tempfile.TemporaryDirectory() as folder:
+        anew = run(wanted, store=Store(folder))
+    table = Table("method", "setting", "seed", "recorded", "new", "allowed", "")
+    failed = 0
+    for experiment, new in zip(wanted, anew.test_tuned, strict=True):
+        recorded = known[experiment.key]["test_tuned"]
+        allowed = max(TOLERANCE, 2 * _spread(experiment, known))
+        passed = abs(new - recorded) <= allowed
+        failed += not passed
+        setting = f"{experiment.model} on {experiment.dataset}, {experiment.effort}, {experiment.macs:g} of the MACs"
+        numbers = f"{recorded:.2f}", f"{new:.2f}", f"±{allowed:.2f}"
+        verdict = "[green]same[/]" if passed else "[red]differs[/]"
+        table.add_row(experiment.method, setting, str(experiment.seed), *numbers, verdict)
+    console.print(table)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+@command
+def doctor() -> None:
+    """Show what this machine has, and what is missing."""
+    table = Table("what", "found", "")
+    healthy = True
+    for what, found, well in _findings():
+        healthy &= well
+        table.add_row(what, found, "[green]ok[/]" if well else "[red]problem[/]")
+    console.print(table)
+    if not healthy:
+        raise typer.Exit(1)
+
+
+# --- run --------------------------------------------------------------------------------------------------------------
+
+
+def _notebooks() -> list[Path]:
+    folder = REPOSITORY / "notebooks"
+    found = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
+    if not found:
+        raise FileNotFoundError(f"there are no notebooks in {folder}: prunelab was installed without its repository")
+    return found
+
+
+def _parse(words: Iterable[str]) -> tuple[list[str], dict[str, Any]]:
+    """Split `NN... -p NAME VALUE ...` into notebooks and parameters; a value is a Python literal, else text."""
+    names, parameters = [], {}
+    rest = iter(words)
+    for word in rest:
+        if word != "-p":
+            names.append(word)
+            continue
+        name, value = next(rest, None), next(rest, None)
+        if name is None or value is None:
+            raise ValueError("-p needs a name and a value, as in: -p DATASET digits")
+        try:
+            parameters[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            parameters[name] = value
+    return names, parameters
+
+
+def _choose(names: Iterable[str]) -> list[Path]:
+    """Return the notebooks whose names start with one of the given; all of them for "all"."""
+    known = _notebooks()
+    chosen = set()
+    for name in names:
+        found = [path for path in known if name == "all" or path.stem.startswith(name)]
+        if not found:
+            raise ValueError(f"unknown notebook {name!r}: there are {', '.join(path.stem for path in known)}")
+        chosen.update(found)
+    if not chosen:
+        raise ValueError(f"name a notebook, or all: there are {', '.join(path.stem for path in known)}")
+    return sorted(chosen)
+
+
+def _emptied(folder: Path) -> Path:
+    """Return a folder of results without rows."""
+    if folder.resolve() == REPOSITORY / "results":
+        raise ValueError(f"--fresh would delete the recorded rows in {folder}: choose another --out")
+    for path in folder.glob("*.jsonl"):
+        path.unlink()
+    return folder
+
+
+@contextmanager
+def _environment(**variables: Path | None) -> Iterator[None]:
+    """Set environment variables, those that are not None, for as long as the block runs."""
+    before = dict(os.environ)
+    os.environ.update({name: str(path.resolve()) for name, path in variables.items() if path is not None})
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _write_page(executed: Path) -> None:
+    from nbconvert import HTMLExporter
+
+    from prunelab._files import write_atomically
+
+    page, _ = HTMLExporter().from_filename(str(executed))
+    write_atomically(executed.with_suffix(".html"), page.encode())
+
+
+def _show(verdicts: pd.DataFrame) -> None:
+    table = Table(*verdicts.columns)
+    for line in verdicts.assign(verdict=verdicts.verdict.map(_coloured)).astype(str).to_numpy():
+        table.add_row(*line)
+    console.print(table)
+
+
+def _coloured(word: str) -> str:
+    return f"[{COLOURS[word]}]{word}[/]"
+
+
+# --- verify -----------------------------------------------------------------------------------------------------------
+
+
+def _at_hand(experiments: Iterable[Experiment]) -> list[Experiment]:
+    """Return the experiments whose data can be loaded; name the others."""
+    from prunelab import data
+
+    found = []
+    for experiment in experiments:
+        try:
+            data.load(experiment.dataset)
+            found.append(experiment)
+        except FileNotFoundError as error:
+            console.print(f"skipped {experiment}: {error}", markup=False, highlight=False, soft_wrap=True)
+    return found
+
+
+def _spread(experiment: Experiment, known: Mapping[str, Row]) -> float:
+    """Return the standard deviation of the recorded test accuracy over the seeds of an experiment; 0 for one seed."""
+    from prunelab.experiments import Experiment
+
+    same = (Experiment.of(row) for row in known.values())
+    accuracies = [known[e.key]["test_tuned"] for e in same if replace(e, seed=experiment.seed) == experiment]
+    return statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
+
+
+# --- doctor -----------------------------------------------------------------------------------------------------------
+
+
+def _findings() -> Iterator[tuple[str, str, bool]]:
+    """Yield what was looked at, what was found, and whether it is well."""
+    yield "prunelab", __version__, True
+    yield "Python", f"{platform.python_version()}, {sys.executable}", sys.version_info >= (3, 11)
+    yield from _pytorch()
+    yield _data_folder()
+    folder = cache_folder()
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    yield "cache (PRUNELAB_CACHE)", f"{folder}, {size / 1e6:.0f} MB", True
+    yield _store()
+    missing = [name for name in ("papermill", "nbconvert", "jupyterlab", "ipykernel") if find_spec(name) is None]
+    advice = f"missing: {', '.join(missing)}; pip install 'prunelab[notebooks]'"
+    yield "notebook tools", advice if missing else "all there", not missing
+
+
+def _pytorch() -> Iterator[tuple[str, str, bool]]:
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        yield "torch", f"cannot be imported: {error}", False
+        return
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    yield "torch", torch.__version__, True
+    yield "device", f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, {gpu}", True
+    try:
+        import torchvision
+
+        yield "torchvision", torchvision.__version__, True
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = f"{error}"
+        if "torchvision::nms" in reason:
+            reason += ": torch and torchvision are not of one build (one for CPU, one for CUDA, or versions that do not"
+            reason += " belong together); reinstall both with one command from one index"
+        yield "torchvision", reason, False
+
+
+def _data_folder() -> tuple[str, str, bool]:
+    what, folder = "data (PRUNELAB_DATA)", os.environ.get("PRUNELAB_DATA")
+    if not folder:
+        return what, "not set: digits is embedded, others are downloaded", True
+    if not Path(folder).is_dir():
+        return what, f"{folder} is not a folder", False
+    return what, f"{folder}: {', '.join(sorted(path.name for path in Path(folder).iterdir())) or 'empty'}", True
+
+
+def _store() -> tuple[str, str, bool]:
+    what = "results (PRUNELAB_RESULTS)"
+    try:
+        from prunelab.experiments import Experiment, Store
+
+        store = Store()
+        rows = store.rows()
+        for row in rows.values():
+            Experiment.of(row)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        return what, str(error), False
+    return what, f"{store.folder}: {len(rows)} rows", True
+
+
+if __name__ == "__main__":
+    app()

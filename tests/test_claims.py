@@ -1,0 +1,111 @@
+"""The claims files, and the experiments that they ask for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from prunelab import claims
+from prunelab.experiments import Experiment
+
+GOOD = """
+notebook = "77_toy"
+system = "Toy"
+reference = "Nobody 2020"
+sentence = "a beats b"
+numbers = [{ what = "error", value = 6.6, unit = "%", source = "Table 1", headline = true }]
+setting = { dataset = "digits", model = "convnet-bn", scope = "conv", macs = [0.5, 0.25], effort = "smoke", seeds = 2 }
+[arms.dense]
+label = "dense"
+method = "dense"
+[arms.a]
+label = "A"
+method = "spp"
+parameters = { t = 4, margin = 0.1 }
+by_effort.smoke = { t = 1 }
+[arms.b]
+label = "B"
+method = "l1"
+[[claims]]
+id = "wins"
+text = "a beats b"
+rule = "better"
+treatment = "a"
+controls = ["b"]
+headline = true
+"""
+
+
+def read(folder: Path, text: str) -> claims.Paper:
+    path = folder / "77_toy.toml"
+    path.write_text(text)
+    return claims.read(path)
+
+
+def test_the_grid_has_every_arm_budget_and_seed_and_dense_once_a_seed(tmp_path: Path) -> None:
+    paper = read(tmp_path, GOOD)
+    found = paper.experiments()
+    budgets = {"dense": (1.0,), "a": (0.5, 0.25), "b": (0.5, 0.25)}
+    assert list(found) == [(arm, macs, seed) for arm in budgets for macs in budgets[arm] for seed in (0, 1)]
+    assert found["a", 0.25, 1] == Experiment(
+        "digits", "convnet-bn", "spp", (("margin", 0.1), ("t", 1)), 0.25, "conv", "smoke", 1
+    )
+    assert found["dense", 1.0, 0] == Experiment("digits", "convnet-bn", "dense", effort="smoke")
+
+
+def test_another_setting_replaces_only_what_it_names(tmp_path: Path) -> None:
+    found = read(tmp_path, GOOD).experiments(dataset="cifar10", effort="brief", seeds=1, macs=[1 / 8])
+    assert list(found) == [("dense", 1.0, 0), ("a", 0.125, 0), ("b", 0.125, 0)]
+    assert dict(found["a", 0.125, 0].parameters) == {"t": 4, "margin": 0.1}
+    assert {(e.dataset, e.model, e.effort) for e in found.values()} == {("cifar10", "convnet-bn", "brief")}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('rule = "better"', 'rule = "best"', r"claims\.wins: rule is 'best'; legal values are better, not worse"),
+        ('controls = ["b"]', 'controls = ["c"]', r"claims\.wins: controls is 'c'; legal values are dense, a, b"),
+        ('controls = ["b"]', "controls = []", r"claims\.wins: controls is empty"),
+        ('treatment = "a"', 'treatment = "x"', r"claims\.wins: treatment is 'x'; legal values are dense, a, b"),
+        ('treatment = "a"', 'treatment = "a"\nmetric = "loss"', r"claims\.wins: metric is 'loss'"),
+        ('treatment = "a"', 'treatment = "a"\nmacs = [0.1]', r"claims\.wins: macs is 0\.1; legal values are 0\.5, 0\.25"),
+        ('treatment = "a"', 'treatment = "a"\nmargin = 1.0', r"claims\.wins: margin is 1\.0"),
+        ('text = "a beats b"', 'txt = "a beats b"', r"claims: unknown field txt"),
+        ('label = "B"\n', "", r"arms\.b: field label is missing"),
+        ('method = "l1"', 'method = "l3"', r"unknown method 'l3'"),
+        ("t = 4", "steps = 4", r"no parameter steps"),
+        ("by_effort.smoke", "by_effort.tiny", r"arms\.a: by_effort is 'tiny'"),
+        ('effort = "smoke"', 'effort = "tiny"', r"effort='tiny'"),
+        ("seeds = 2", "seed = 2", r"setting: unknown field seed"),
+        ("headline = true }", "headline = true, page = 3 }", r"numbers: unknown field page"),
+        ('controls = ["b"]\nheadline = true', 'controls = ["b"]', r"exactly one has headline"),
+        ("77_toy", "78_toy", r"it must be the file's name, '77_toy'"),
+        ("[arms.b]", "[arms.b", r"line"),
+    ],
+)
+def test_a_malformed_file_is_named_with_its_field(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert old in GOOD
+    with pytest.raises(ValueError, match=rf"77_toy\.toml: .*{message}"):
+        read(tmp_path, GOOD.replace(old, new, 1))
+
+
+def test_a_notebook_is_found_by_number_and_by_name() -> None:
+    assert claims.load("01") == claims.load("01_spp")
+    assert [paper.number for paper in claims.load_all()] == sorted(paper.number for paper in claims.load_all())
+    with pytest.raises(ValueError, match=r"no claims for notebook '0': there are 01_spp, 02_filter_pruning"):
+        claims.load("0")
+
+
+def test_papers_on_one_setting_share_their_rows() -> None:
+    spp, filters = claims.load("01").experiments(), claims.load("02").experiments()
+    for arm in ("dense", "l1-filters"):
+        cells = [cell for cell in spp if cell[0] == arm]
+        assert [spp[cell].key for cell in cells] == [filters[cell].key for cell in cells]
+
+
+def test_no_two_arms_of_a_paper_are_the_same_experiment() -> None:
+    for paper in claims.load_all():
+        for effort in ("smoke", "brief"):
+            keys = [experiment.key for experiment in paper.experiments(effort=effort).values()]
+            assert len(set(keys)) == len(keys)

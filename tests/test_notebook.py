@@ -1,0 +1,65 @@
+"""The check of a notebook's parameters."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from prunelab import notebook
+
+
+def budgets(values: Any) -> bool:
+    """A list of fractions in (0, 1]."""
+    return isinstance(values, list) and all(0 < value <= 1 for value in values)
+
+
+LEGAL: dict[str, Any] = {
+    "DATASET": ("digits", "cifar10"),
+    "SEEDS": range(1, 21),
+    "BUDGETS": budgets,
+    "LR": float,
+}
+GOOD: dict[str, Any] = {"DATASET": "digits", "SEEDS": 3, "BUDGETS": [0.5], "LR": 0.1}
+IPYTHON = {"In": [""], "Out": {}, "_": "", "_ih": [""], "exit": object(), "quit": object(), "get_ipython": print}
+
+
+def test_legal_values_pass_beside_what_a_notebook_has_anyway() -> None:
+    notebook.parameters({**IPYTHON, "math": math, "budgets": budgets, "Path": type, **GOOD}, **LEGAL)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"DATASET": "mnist"}, r"DATASET = 'mnist': legal values are 'digits', 'cifar10'"),
+        ({"SEEDS": 0}, r"SEEDS = 0: it must be an integer from 1 to 20"),
+        ({"SEEDS": "3"}, r"SEEDS = '3'"),
+        ({"SEEDS": True}, r"SEEDS = True"),
+        ({"SEEDS": 3.0}, r"SEEDS = 3\.0"),
+        ({"BUDGETS": [2]}, r"BUDGETS = \[2\]: it must be A list of fractions in \(0, 1\]"),
+        ({"BUDGETS": ["a"]}, r"BUDGETS = \['a'\]"),
+        ({"LR": 1}, r"LR = 1: it must be of type float"),
+        ({"SEED": 3}, r"unknown parameter SEED: this notebook has DATASET, SEEDS, BUDGETS, LR"),
+        ({"seeds": 3}, r"unknown parameter seeds"),
+    ],
+)
+def test_an_illegal_value_or_an_unknown_name_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        notebook.parameters({**GOOD, **change}, **LEGAL)
+
+
+def test_a_missing_parameter_is_refused() -> None:
+    with pytest.raises(ValueError, match="parameter LR is missing"):
+        notebook.parameters({name: value for name, value in GOOD.items() if name != "LR"}, **LEGAL)
+
+
+def test_the_setup_cell_can_be_run_again_when_there_are_variables() -> None:
+    namespace = dict(GOOD)
+    notebook.parameters(namespace, **LEGAL)
+    namespace |= {"rows": [1, 2], "accuracy": 90.0}
+    notebook.parameters(namespace, **LEGAL)
+    with pytest.raises(ValueError, match="SEEDS = 99"):
+        notebook.parameters({**namespace, "SEEDS": 99}, **LEGAL)
+    with pytest.raises(ValueError, match="unknown parameter SEED"):
+        notebook.parameters({**namespace, "SEED": 5}, **LEGAL)

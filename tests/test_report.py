@@ -1,0 +1,179 @@
+"""The rule that turns rows into a word, checked by hand, and the table in the README."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from prunelab import claims, report
+from prunelab.claims import Claim
+from prunelab.experiments import Row, Store
+
+README = Path(__file__).parents[1] / "README.md"
+BETTER = Claim("id", "a beats b", "better", "a", ("b",))
+NOT_WORSE = replace(BETTER, rule="not worse", margin=1.0, controls=("dense",))
+
+
+def rows(accuracies: Mapping[tuple[str, float], Sequence[float]]) -> pd.DataFrame:
+    """Return rows from {(arm, macs): one accuracy per seed}."""
+    return pd.DataFrame(
+        [
+            {"arm": arm, "method": "dense" if arm == "dense" else "l1", "macs": macs, "seed": seed, "test_tuned": value}
+            for (arm, macs), values in accuracies.items()
+            for seed, value in enumerate(values)
+        ]
+    )
+
+
+def test_interval_by_hand() -> None:
+    # differences 1, 2, 3: mean 2, s = 1, t(0.975, 2) = 4.302653, half width 4.302653 / √3 = 2.484138
+    assert report.interval([1, 2, 3]) == pytest.approx((2, -0.484138, 4.484138), abs=1e-6)
+    # 0, 0, 1, 1: mean 0.5, s = √(1/3), t(0.975, 3) = 3.182446, half width 3.182446 · √(1/3) / 2 = 0.918693
+    assert report.interval([0, 0, 1, 1]) == pytest.approx((0.5, -0.418693, 1.418693), abs=1e-6)
+    assert report.interval([2, 2, 2]) == (2, 2, 2)
+
+
+def test_one_value_has_no_interval() -> None:
+    assert report.interval([3.0])[0] == 3
+    assert np.isnan(report.interval([3.0])[1:]).all()
+    assert np.isnan(report.interval([])).all()
+
+
+def test_differences_are_paired_by_seed() -> None:
+    # the seeds spread over 20 points, the pairs differ by 1, 2, 3
+    decided = report.verdict(BETTER, rows({("a", 0.5): [71, 82, 93], ("b", 0.5): [70, 80, 90]}))
+    (only,) = decided.differences.to_dict("records")
+    assert (only["mean"], only["low"], only["high"]) == pytest.approx((2, -0.484138, 4.484138), abs=1e-6)
+    assert (only["control"], only["macs"], only["seeds"], only["passed"]) == ("b", 0.5, 3, False)
+
+
+CLEAR, UNCLEAR, WORSE = [72.0, 72.1, 71.9], [71.0, 72.0, 73.0], [60.0, 60.1, 59.9]
+
+
+@pytest.mark.parametrize(
+    ("half", "quarter", "word"),
+    [
+        (CLEAR, CLEAR, "holds"),
+        (CLEAR, UNCLEAR, "holds in part"),
+        (WORSE, CLEAR, "holds in part"),
+        (UNCLEAR, UNCLEAR, "does not hold here"),
+        (WORSE, WORSE, "does not hold here"),
+        (CLEAR, CLEAR[:2], "not tested here"),
+        (CLEAR, [], "not tested here"),
+    ],
+)
+def test_every_word(half: list[float], quarter: list[float], word: str) -> None:
+    controls = {("b", 0.5): [70.0] * 3, ("b", 0.25): [70.0] * 3}
+    assert report.verdict(BETTER, rows({("a", 0.5): half, ("a", 0.25): quarter, **controls})).word == word
+
+
+def test_every_control_counts() -> None:
+    found = rows({("a", 0.5): CLEAR, ("b", 0.5): [70.0] * 3, ("c", 0.5): [75.0] * 3})
+    assert report.verdict(BETTER, found).word == "holds"
+    assert report.verdict(replace(BETTER, controls=("b", "c")), found).word == "holds in part"
+    assert report.verdict(replace(BETTER, controls=("b", "missing")), found).word == "not tested here"
+
+
+def test_not_worse_asks_for_the_margin_only() -> None:
+    # against dense 73: −1.0 ± 0.25 is not clear of −1, −0.5 ± 0.25 is
+    dense = {("dense", 1.0): [73.0] * 3}
+    at_margin = rows({("a", 0.5): [72.0, 72.1, 71.9], **dense})
+    assert report.verdict(NOT_WORSE, at_margin).word == "does not hold here"
+    within = rows({("a", 0.5): [72.5, 72.6, 72.4], **dense})
+    assert report.verdict(NOT_WORSE, within).word == "holds"
+    assert report.verdict(replace(NOT_WORSE, rule="better", margin=0.0), within).word == "does not hold here"
+
+
+def test_dense_is_compared_at_each_budget_and_the_claim_can_choose() -> None:
+    found = rows({("dense", 1.0): [73.0] * 3, ("a", 0.5): [72.5, 72.6, 72.4], ("a", 0.25): WORSE})
+    decided = report.verdict(NOT_WORSE, found)
+    assert decided.differences.macs.tolist() == [0.5, 0.25]
+    assert decided.word == "holds in part"
+    assert report.verdict(replace(NOT_WORSE, macs=(0.5,)), found).word == "holds"
+    assert report.verdict(replace(NOT_WORSE, macs=(0.125,)), found).word == "not tested here"
+
+
+def test_only_common_seeds_count() -> None:
+    decided = report.verdict(BETTER, rows({("a", 0.5): [*CLEAR, 0.0], ("b", 0.5): [70.0] * 3}))
+    assert decided.word == "holds"
+    assert decided.differences.seeds.tolist() == [3]
+
+
+def test_no_rows_decide_nothing() -> None:
+    assert report.verdict(BETTER, rows({("a", 0.5): CLEAR}).iloc[:0]).word == "not tested here"
+
+
+def test_the_summary_says_how_many_differences_passed() -> None:
+    found = rows({("a", 0.5): CLEAR, ("a", 0.25): WORSE, ("b", 0.5): [70.0] * 3, ("b", 0.25): [70.0] * 3})
+    assert report.verdict(BETTER, found).summary == "-10.0 to +2.0 points; above 0 in 1 of 2"
+
+
+def recorded(folder: Path, values: Mapping[str, float]) -> Store:
+    """Return a store with constructed rows of notebook 02: {arm: accuracy}, seeds 0.1 apart."""
+    store = Store(folder)
+    for (arm, macs, seed), experiment in claims.load("02").experiments().items():
+        if arm in values:
+            row: Row = {"key": experiment.key, "dataset": "cifar10", "model": "convnet-bn", "method": experiment.method}
+            row |= {"effort": "brief", "macs": macs, "seed": seed, "seconds": 20.0}
+            store.add(row | {"test_tuned": values[arm] + seed / 10})
+    return store
+
+
+def test_the_table_reads_the_store_and_computes_nothing(tmp_path: Path) -> None:
+    store = recorded(tmp_path, {"l1-filters": 82.0, "dense": 82.5, "l1-random": 81.0, "l1-largest": 82.0})
+    table = report.verdict_table(store).set_index(["notebook", "claim"])
+    assert len(table) == sum(len(paper.claims) for paper in claims.load_all())
+    smallest, regained, greedy = (table.loc["02_filter_pruning", claim.text] for claim in claims.load("02").claims)
+    assert (smallest.verdict, regained.verdict, greedy.verdict) == ("holds in part", "holds", "not tested here")
+    assert smallest["measured here"] == "+0.0 to +1.0 points; above 0 in 3 of 6"
+    assert regained["measured here"] == "-0.5 points; above −1 in 1 of 1"
+    assert regained["paper's number"].startswith("6.6 % (VGG-16-A")
+    assert greedy["measured here"] == smallest["paper's number"] == ""
+    assert (smallest.seeds, greedy.seeds) == (3, 0)
+    assert smallest.minutes == 9.0  # 3 arms x 3 budgets x 3 seeds x 20 s
+    assert set(table.loc["01_spp"].verdict) == {"not tested here"}
+
+
+def test_settings_other_than_the_recorded_ones_are_found_in_the_store(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for experiment in claims.load("02").experiments(dataset="digits", effort="smoke", macs=[0.3]).values():
+        row = {"key": experiment.key, "dataset": "digits", "model": "convnet-bn", "method": experiment.method}
+        row |= {"effort": "smoke", "macs": experiment.macs, "seed": experiment.seed, "seconds": 1.0, "test_tuned": 90.0}
+        store.add(row)
+    table = report.verdict_table(store, recorded=False)
+    ours = table[table.notebook == "02_filter_pruning"]
+    assert set(ours.setting) == {"convnet-bn on digits, smoke"}
+    assert ours.verdict.tolist()[0] == "does not hold here"  # all equal
+    assert set(report.verdict_table(store).verdict) == {"not tested here"}
+
+
+def test_the_readme_is_rewritten_between_its_markers_only(tmp_path: Path) -> None:
+    path, store = tmp_path / "README.md", Store(tmp_path)
+    begin, end = report.MARKERS
+    path.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    assert not report.readme_is_current(path, store)
+    report.write_readme(path, store)
+    text = path.read_text()
+    assert text.startswith(f"before\n{begin}\n| notebook | paper |")
+    assert text.endswith(f"{end}\nafter\n")
+    assert "old" not in text
+    assert report.readme_is_current(path, store)
+    path.write_text(text.replace("not tested here", "holds", 1))
+    assert not report.readme_is_current(path, store)
+
+
+def test_a_readme_without_markers_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    path.write_text(report.MARKERS[1] + report.MARKERS[0])
+    with pytest.raises(ValueError, match="must have the lines"):
+        report.write_readme(path, Store(tmp_path))
+
+
+def test_the_readme_of_this_repository_is_current() -> None:
+    recorded_here = Store(README.parent / "results")
+    assert report.readme_is_current(README, recorded_here), "run: prunelab report --write"
