@@ -246,7 +246,7 @@ TINY: dict[str, tuple[Net, dict[str, int]]] = {
     ),
     "hidden linear": (
         Net(
-            lambda s, x: s.k(s.n(s.l(s.p(s.a(x)).flatten(1))).relu()),
+            lambda s, x: s.k(s.n(s.l(s.p(s.a(x)).flatten(1))).sigmoid()),
             a=conv(3, 4), p=nn.AdaptiveAvgPool2d(2), l=nn.Linear(16, 5), n=nn.BatchNorm1d(5), k=nn.Linear(5, 2),
         ),
         {"a": 4, "l": 5},
@@ -281,7 +281,7 @@ TINY: dict[str, tuple[Net, dict[str, int]]] = {
         {"c.0": 3},
     ),
     "a constant per channel keeps the channels": (
-        Net(lambda s, x: s.c(s.b(s.a(x)) * torch.arange(1.0, 6.0).double().view(1, 5, 1, 1)), a=conv(3, 4), b=conv(4, 5), c=conv(5, 2)),
+        Net(lambda s, x: s.c(s.b(s.a(x)) * torch.arange(1, 6, dtype=x.dtype, device=x.device).view(1, 5, 1, 1)), a=conv(3, 4), b=conv(4, 5), c=conv(5, 2)),
         {"a": 4},
     ),
 }  # fmt: skip
@@ -290,6 +290,9 @@ TINY: dict[str, tuple[Net, dict[str, int]]] = {
 def tiny(case: str) -> tuple[Net, Tensor]:
     net = copy.deepcopy(TINY[case][0])
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    generator = torch.Generator().manual_seed(3)
+    for parameter in net.parameters():
+        nn.init.uniform_(parameter, -1, 1, generator=generator)
     return randomise(net).eval(), x
 
 
@@ -447,7 +450,7 @@ def refused(forward: Callable[[Net, Tensor], Tensor], **layers: nn.Module) -> st
     net = Net(forward, a=conv(3, 4), b=conv(4, 2), **layers)
     with pytest.raises(UntraceableError) as caught:
         ChannelSpace(net, torch.zeros(1, 3, 6, 6))
-    assert "While executing" not in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert net.training
     return str(caught.value)
 
@@ -475,13 +478,13 @@ def test_unknown_operations_are_named(forward: Callable[[Net, Tensor], Tensor], 
 
 def test_computed_weights_are_refused() -> None:
     net = Net(lambda s, x: s.b(s.a(x)), a=nn.utils.parametrizations.weight_norm(conv(3, 4)), b=conv(4, 2))
-    with pytest.raises(UntraceableError, match=r"'weight' of module 'a' is computed|'a'"):
+    with pytest.raises(UntraceableError, match="'a' of type ParametrizedConv2d"):
         ChannelSpace(net, torch.zeros(1, 3, 6, 6))
 
 
 def test_attention_is_refused_by_name() -> None:
     net = models.torchvision.models.vit_b_16(num_classes=7)
-    with pytest.raises(UntraceableError, match=r"(operation|module) '\w+|'cat'") as caught:
+    with pytest.raises(UntraceableError, match="in module 'encoder' of type Encoder") as caught:
         ChannelSpace(net, torch.zeros(1, 3, 224, 224))
     assert "\n" not in str(caught.value)
 
@@ -490,7 +493,7 @@ def test_attention_is_refused_by_name() -> None:
 def test_example_of_the_wrong_shape(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="example") as caught:
         ChannelSpace(models.build("convnet"), torch.zeros(shape))
-    assert "While executing" not in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_network_without_anything_to_remove() -> None:

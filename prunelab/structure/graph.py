@@ -254,8 +254,10 @@ class _Labeller(fx.Interpreter):
 
     def refuse(self, what: str) -> UntraceableError:
         """Return the error that says what cannot be cut, and where."""
+        path, kind = next(reversed(self.node.meta.get("nn_module_stack", {"": ("", type(self.module))}).values()))
+        module = f"{path!r} of type {getattr(kind, '__name__', kind)}"
         return UntraceableError(
-            f"cannot cut this network safely: {what} (at {self.node.name!r}). Leave that part out of the traced "
+            f"cannot cut this network safely: {what} (at {self.node.name!r} in module {module}). Leave that part out of the traced "
             "network, or replace it by operations that work channel by channel."
         )
 

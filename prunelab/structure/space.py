@@ -284,16 +284,11 @@ class Space(ABC):
         return self._given_back(widths(high), removed_from[:high][::-1], allowed, budget.scope)
 
     def _given_back(self, widths: Ints, removed_from: Ints, allowed: float, scope: Scope) -> Ints:
-        """Give units back, last removed first, as long as they fit: the groups' units differ in cost, so some still do."""
-        full: set[int] = set()  # groups whose next unit does not fit
-        for group in removed_from.tolist():
-            if group not in full:
-                widths[group] += 1
-                if self.cost(widths, scope) > allowed:
-                    widths[group] -= 1
-                    full.add(group)
-            if len(full) == len(widths):
-                break
+        """Give each group one unit back, last removed first, where it fits: the groups' units differ in cost."""
+        for group in dict.fromkeys(removed_from.tolist()):
+            widths[group] += 1
+            if self.cost(widths, scope) > allowed:
+                widths[group] -= 1
         return widths
 
     def _priority(self, scores: Scores, ranking: Ranking) -> NDArray[np.float64]:
