@@ -260,8 +260,10 @@ def _write_page(executed: Path) -> None:
 
 
 def _show(verdicts: pd.DataFrame) -> None:
-    table = Table(*verdicts.columns)
-    for line in verdicts.assign(verdict=verdicts.verdict.map(_coloured)).astype(str).to_numpy():
+    """Print what fits on a screen; the README has every column."""
+    shown = verdicts[["notebook", "claim", "measured here", "verdict", "setting"]]
+    table = Table(*shown.columns)
+    for line in shown.assign(verdict=shown.verdict.map(_coloured)).to_numpy():
         table.add_row(*line)
     console.print(table)
 

@@ -103,6 +103,7 @@ class Experiment:
             raise ValueError(f"seed={self.seed!r}: a seed is an integer >= 0")
         methods.build(self.method, **dict(self.parameters))
         Budget(self.macs, self.scope)
+        object.__setattr__(self, "macs", float(self.macs))  # 1 and 1.0 are one experiment, with one key
 
     @classmethod
     def of(cls, row: Row) -> Experiment:

@@ -28,8 +28,8 @@ class ZeroPadChannels(nn.Module):
 class ColumnConv2d(nn.Module):
     """A convolution that keeps some columns of its im2col matrix: y = W[:, K] · im2col(x)[K, :].
 
-    Column j = (c·kh + dy)·kw + dx of the [out, C·kh·kw] matrix is the same (channel, y, x) position in every filter, the
-    group that SPP prunes. Only the kept rows of im2col(x) are gathered, so memory and arithmetic both fall with the
+    Column j = (c·kh + dy)·kw + dx of the [out, C·kh·kw] matrix is the same (channel, y, x) position in every filter,
+    the group that SPP prunes. Only the kept rows of im2col(x) are gathered, so memory and arithmetic both fall with the
     number of columns.
 
     Attributes:
@@ -45,7 +45,7 @@ class ColumnConv2d(nn.Module):
         super().__init__()
         if conv.groups != 1 or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
             raise ValueError(
-                f"ColumnConv2d takes convolutions with groups=1, padding_mode='zeros' and padding in numbers, got {conv}"
+                f"ColumnConv2d takes a convolution of groups=1, padding_mode='zeros', padding in numbers; got {conv}"
             )
         self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
         self.kernel_size, self.stride = conv.kernel_size, conv.stride

@@ -35,8 +35,8 @@ class Verdict:
     Attributes:
         claim: what was claimed.
         word: "holds", "holds in part", "does not hold here" or "not tested here".
-        differences: one row per control and budget: control, macs; mean, low, high of treatment − control in points, with
-            the 95% Student-t interval; seeds, the number of pairs; passed, whether low is above the bound.
+        differences: one row per control and budget: control, macs; mean, low, high of treatment − control in points,
+            with the 95% Student-t interval; seeds, the number of pairs; passed, whether low is above the bound.
     """
 
     claim: Claim
@@ -124,7 +124,7 @@ def _word(differences: pd.DataFrame) -> str:
     return IN_PART if differences.passed.any() else FAILS
 
 
-def interval(values: Sequence[float] | NDArray[np.float64]) -> tuple[float, float, float]:
+def interval(values: Sequence[float] | NDArray[np.floating[Any]]) -> tuple[float, float, float]:
     """Return the mean and the 95% Student-t interval around it, x̄ ∓ t(n − 1)·s/√n; NaN where n is too small for it."""
     n = len(values)
     mean = float(np.mean(values)) if n else float("nan")

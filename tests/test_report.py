@@ -125,7 +125,7 @@ def recorded(folder: Path, values: Mapping[str, float]) -> Store:
 
 
 def test_the_table_reads_the_store_and_computes_nothing(tmp_path: Path) -> None:
-    store = recorded(tmp_path, {"l1-filters": 82.0, "dense": 82.5, "l1-random": 81.0, "l1-largest": 82.0})
+    store = recorded(tmp_path, {"l1-filters": 82.0, "dense": 82.5, "random-filters": 81.0, "l1-largest": 82.0})
     table = report.verdict_table(store).set_index(["notebook", "claim"])
     assert len(table) == sum(len(paper.claims) for paper in claims.load_all())
     smallest, regained, greedy = (table.loc["02_filter_pruning", claim.text] for claim in claims.load("02").claims)

@@ -81,8 +81,7 @@ class ChannelSpace(Space):
             tensor = getattr(self.net.get_submodule(axis.module), axis.tensor)
             stays = kept[axis.units]
             if not stays.all():
-                positions = torch.from_numpy(np.flatnonzero(stays)).to(tensor.device)
-                cut[id(tensor)] = cut.get(id(tensor), tensor.detach()).index_select(axis.dim, positions)
+                cut[id(tensor)] = _select(cut.get(id(tensor), tensor.detach()), axis.dim, np.flatnonzero(stays))
         for parameter in self.net.parameters():
             if id(parameter) in cut:
                 cut[id(parameter)] = nn.Parameter(cut[id(parameter)], parameter.requires_grad)
@@ -90,6 +89,12 @@ class ChannelSpace(Space):
         for count in self.coupling.counts:
             setattr(small.get_submodule(count.module), count.attribute, int(kept[count.units].sum()) // count.per)
         return small
+
+
+def _select(tensor: Tensor, dim: int, positions: Ints) -> Tensor:
+    if tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64):
+        return torch.from_numpy(np.take(tensor.numpy(), positions, dim))  # several times as fast as index_select
+    return tensor.index_select(dim, torch.from_numpy(positions).to(tensor.device))
 
 
 def _cost(coupling: Coupling) -> Cost:

@@ -17,15 +17,15 @@ from prunelab.structure.space import Cost, Group, Space
 class ColumnSpace(Space):
     """The columns of every ungrouped convolution; a group per convolution, named after it.
 
-    Column j = (c·kh + dy)·kw + dx. Removing columns leaves every tensor between the layers as it is, so convolutions are
-    independent of each other and residual networks need no care.
+    Column j = (c·kh + dy)·kw + dx. Removing columns leaves every tensor between the layers as it is, so convolutions
+    are independent of each other and residual networks need no care.
 
     Args:
         net: a network that torch.fx can trace.
         example: an input, float [N, C, H, W]; its spatial size fixes the MACs.
 
     Raises:
-        UntraceableError: the network cannot be traced safely, or a convolution pads in a way that `ColumnConv2d` cannot.
+        UntraceableError: the network cannot be traced safely, or a convolution pads as `ColumnConv2d` cannot.
     """
 
     kind = "columns"

@@ -6,10 +6,10 @@ are **tied**: an addition ties channel i to channel i, a grouped convolution tie
 depthwise convolution is the case of one channel per group), a channel split ties position i of each part. Where
 channels cannot be removed (the network's input and output, a layer norm's statistics), their ids are **pinned**.
 
-What is left is bookkeeping: ids that are tied together are one **unit**, and units that appear in exactly the same places are
-one **group**. So a group is homogeneous: each of its units costs the same and can be ranked against the others, and
-the width of every layer is a sum of group widths. No case of residual stream, concatenation or zero-padded shortcut
-needs a rule of its own.
+What is left is bookkeeping: ids that are tied together are one **unit**, and units that appear in exactly the same
+places are one **group**. So a group is homogeneous: each of its units costs the same and can be ranked against the
+others, and the width of every layer is a sum of group widths. No case of residual stream, concatenation or zero-padded
+shortcut needs a rule of its own.
 """
 
 from __future__ import annotations
@@ -257,8 +257,8 @@ class _Labeller(fx.Interpreter):
         path, kind = next(reversed(self.node.meta.get("nn_module_stack", {"": ("", type(self.module))}).values()))
         module = f"{path!r} of type {getattr(kind, '__name__', kind)}"
         return UntraceableError(
-            f"cannot cut this network safely: {what} (at {self.node.name!r} in module {module}). Leave that part out of the traced "
-            "network, or replace it by operations that work channel by channel."
+            f"cannot cut this network safely: {what} (at {self.node.name!r} in module {module}). Leave that part "
+            "out of the traced network, or replace it by operations that work channel by channel."
         )
 
     # -- running ----------------------------------------------------------------------------------------------------
@@ -347,7 +347,10 @@ class _Labeller(fx.Interpreter):
         links = coo_matrix((np.ones(len(first), bool), (first, second)), shape=(found.ids, found.ids))
         count, unit_of = connected_components(links, directed=False)
 
-        axes = list(found.axes.values())
+        distinct: dict[tuple[int, bool], Axis] = {}  # a layer's bias and batch norm say nothing that its filters do not
+        for axis in found.axes.values():
+            distinct.setdefault((id(axis.units), axis.role == "out"), axis)
+        axes = list(distinct.values())
         places = np.stack([np.bincount(unit_of[axis.units], minlength=count) for axis in axes], axis=1)  # [units, axes]
         writers = np.array([axis.role == "out" for axis in axes])
         free = places[:, writers].sum(axis=1) > 0
@@ -376,7 +379,7 @@ class _Labeller(fx.Interpreter):
         return Coupling(
             names=tuple(names),
             sizes=np.array([len(units) for units in groups.values()], dtype=np.int64),
-            axes=[Axis(a.module, a.tensor, a.dim, a.role, numbered(a.units)) for a in axes],
+            axes=[Axis(a.module, a.tensor, a.dim, a.role, numbered(a.units)) for a in found.axes.values()],
             counts=[Count(c.module, c.attribute, numbered(c.units), c.per) for c in found.counts.values()],
             products=[
                 Product(p.module, p.kind, p.macs, None if p.reads is None else numbered(p.reads), numbered(p.writes))
@@ -637,8 +640,8 @@ _FUNCTIONS: dict[str, Callable[[_Labeller, fx.Node, Any], Any]] = {
         (
             "add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "iadd", "isub", "imul", "truediv", "neg", "abs",
             "exp", "sqrt", "rsqrt", "square", "pow", "clamp", "relu", "relu_", "relu6", "leaky_relu", "elu", "gelu",
-            "silu", "mish", "sigmoid", "tanh", "softplus", "hardswish", "hardsigmoid", "hardtanh", "dropout", "dropout2d",
-            "stochastic_depth", "maximum", "minimum", "clone", "contiguous", "float", "double", "to", "type_as",
+            "silu", "mish", "sigmoid", "tanh", "softplus", "hardswish", "hardsigmoid", "hardtanh", "dropout",
+            "dropout2d", "stochastic_depth", "maximum", "minimum", "clone", "contiguous", "float", "double", "to", "type_as",
             "detach",
         ),
         _elementwise,

@@ -37,7 +37,7 @@ class Group:
 class Budget:
     """The fraction of the dense network's multiply-adds that may stay, in (0, 1].
 
-    `scope` says which are counted: "all" convolution and linear layers, or "conv" alone, as SPP, SSL and He et al. count.
+    `scope` says which are counted: "all" convolution and linear layers, or "conv" alone, as SPP, SSL and He et al. do.
     """
 
     macs: float
@@ -94,7 +94,7 @@ class Cost:
         return np.asarray((reads * writes) @ per_pair)
 
     def per_unit(self, widths: Ints) -> Ints:
-        """Return the MACs that compute one unit of each group, [groups], at these widths; its readers are not counted."""
+        """Return the MACs that compute one unit of each group, [groups], at these widths; readers are not counted."""
         return np.asarray((self.per_pair * (widths @ self.reads.T + self.reads_fixed)) @ self.writes)
 
 
@@ -125,8 +125,8 @@ class Space(ABC):
     def owned(self, net: nn.Module) -> list[tuple[nn.Parameter, list[Tensor]]]:
         """List the parameters of `net`, a copy of this space's network, that units own a part of.
 
-        With each come one or more int64 tensors of unit numbers that broadcast to the parameter's shape: entry by entry,
-        whose it is. A unit number of -1 stands for what is never removed.
+        With each come one or more int64 tensors of unit numbers that broadcast to the parameter's shape: entry by
+        entry, whose it is. A unit number of -1 stands for what is never removed.
         """
 
     @abstractmethod

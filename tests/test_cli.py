@@ -1,0 +1,150 @@
+"""The command line, on a small repository of its own."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import nbformat
+import pytest
+from typer.testing import CliRunner, Result
+
+from prunelab import __main__ as cli
+from prunelab.experiments import EFFORTS, Effort, Experiment, Store, compute
+
+DENSE = Experiment("digits", "convnet-bn", "dense", effort="smoke")
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a repository with two notebooks, an empty store and an empty cache."""
+    for name, value in (("01_spp", "LOUD = 1"), ("77_toy", "TOY = 1")):
+        setting = nbformat.v4.new_code_cell(value, metadata={"tags": ["parameters"]})
+        check = nbformat.v4.new_code_cell(
+            "from prunelab import notebook\nnotebook.parameters(globals(), TOY=range(1, 10))\nprint('TOY is', TOY)"
+        )
+        book = nbformat.v4.new_notebook(cells=[setting, check])
+        book.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        (tmp_path / "notebooks").mkdir(exist_ok=True)
+        nbformat.write(book, tmp_path / "notebooks" / f"{name}.ipynb")
+    monkeypatch.setattr(cli, "REPOSITORY", tmp_path)
+    monkeypatch.setenv("PRUNELAB_RESULTS", str(tmp_path / "results"))
+    monkeypatch.setenv("PRUNELAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "250")
+    monkeypatch.setenv("PYDEVD_DISABLE_FILE_VALIDATION", "1")
+    monkeypatch.delenv("PRUNELAB_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    tiny = Effort(replace(EFFORTS["smoke"].dense, epochs=2), replace(EFFORTS["smoke"].after, epochs=1))
+    monkeypatch.setitem(EFFORTS, "smoke", tiny)
+    return tmp_path
+
+
+def call(*words: str) -> Result:
+    return CliRunner().invoke(cli.app, list(words))
+
+
+def test_list_shows_notebooks_claims_and_verdicts(repository: Path) -> None:
+    shown = call("list")
+    assert shown.exit_code == 0
+    assert "77_toy" in shown.stdout
+    assert "A pruning probability that can fall again" in shown.stdout
+    assert "not tested here" in shown.stdout
+
+
+def test_report_writes_the_readme_only_when_asked(repository: Path) -> None:
+    readme = repository / "README.md"
+    readme.write_text("<!-- verdicts:begin -->\n<!-- verdicts:end -->\n")
+    assert call("report").exit_code == 0
+    assert "not tested here" not in readme.read_text()
+    assert call("report", "--write").exit_code == 0
+    assert "not tested here" in readme.read_text()
+
+
+def test_doctor_finds_a_damaged_store_and_a_missing_folder(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert call("doctor").exit_code == 0
+    (repository / "results").mkdir()
+    (repository / "results" / "x.jsonl").write_text("{}\n")
+    monkeypatch.setenv("PRUNELAB_DATA", str(repository / "nowhere"))
+    shown = call("doctor")
+    assert shown.exit_code == 1
+    assert "x.jsonl, line 1 is not a row" in shown.stdout
+    assert "nowhere is not a folder" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["99"], "unknown notebook '99': there are 01_spp, 77_toy"),
+        (["77", "-p", "SEED", "3"], "unknown parameter SEED: 77_toy has TOY"),
+        (["77", "01", "-p", "SEED", "3"], "unknown parameter SEED: 01_spp has LOUD; 77_toy has TOY"),
+        (["77", "-p", "TOY"], "-p needs a name and a value"),
+        (["--frehs", "77"], "unknown notebook '--frehs'"),
+        (["-p", "TOY", "3"], "name a notebook, or all"),
+        (["77", "--fresh", "--out", "."], "--fresh would delete the recorded rows"),
+    ],
+)
+def test_run_refuses_before_anything_runs(repository: Path, words: list[str], message: str) -> None:
+    (repository / "results").mkdir()
+    (repository / "results" / "digits.jsonl").write_text("")
+    shown = call("run", *words)
+    assert shown.exit_code == 2
+    assert shown.stderr.startswith("error: ")
+    assert message in shown.stderr
+    assert not list(repository.glob("**/77_toy.html"))
+    assert (repository / "results" / "digits.jsonl").exists()
+
+
+def test_run_executes_a_notebook_with_the_parameters_and_a_fresh_store(repository: Path) -> None:
+    old = repository / "build" / "results" / "old.jsonl"
+    old.parent.mkdir(parents=True)
+    old.write_text("left over")
+    shown = call("run", "77", "-p", "TOY", "7", "--fresh")
+    assert shown.exit_code == 0, shown.output
+    assert "TOY is 7" in (repository / "build" / "77_toy.html").read_text()
+    assert not old.exists()
+
+
+def test_run_ends_with_the_notebooks_own_error(repository: Path) -> None:
+    shown = call("run", "77", "-p", "TOY", "70")
+    assert shown.exit_code == 1
+    assert "ValueError: TOY = 70: it must be an integer from 1 to 9" in shown.stderr
+
+
+def test_verify_passes_a_true_row_and_fails_a_false_one(repository: Path) -> None:
+    store = Store()
+    true = compute(DENSE)
+    store.add(true)
+    assert call("verify").exit_code == 0
+    (path,) = store.folder.glob("*.jsonl")
+    path.write_text(json.dumps(true | {"test_tuned": true["test_tuned"] - 1}) + "\n")
+    shown = call("verify")
+    assert shown.exit_code == 1
+    assert "differs" in shown.stdout
+
+
+def test_verify_allows_what_the_seeds_differ_by(repository: Path) -> None:
+    true = compute(DENSE)
+    false = true | {"test_tuned": true["test_tuned"] - 1}
+    other = replace(DENSE, seed=1)
+    for gap, code in ((2.0, 0), (0.5, 1)):  # standard deviations of √2 and 0.35 points
+        rows = [false, true | {"key": other.key, "seed": 1, "test_tuned": false["test_tuned"] - gap}]
+        Store().folder.mkdir(exist_ok=True)
+        (Store().folder / "digits-convnet-bn.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        drawn = next(
+            s for s in range(9) if cli.random.Random(s).sample(sorted([DENSE.key, other.key]), 1) == [DENSE.key]
+        )
+        assert call("verify", "--sample", "1", "--seed", str(drawn)).exit_code == code
+
+
+def test_verify_names_what_cannot_be_verified(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "nothing to verify among 0 recorded rows" in call("verify").stderr
+    absent = replace(DENSE, dataset="flowers17")
+    row = {"key": absent.key, "parameters": {}, "test_tuned": 50.0}
+    row |= {"dataset": "flowers17", "model": "convnet-bn", "method": "dense", "macs": 1.0, "scope": "all"}
+    Store().add(row | {"effort": "smoke", "seed": 0})
+    shown = call("verify")
+    assert shown.exit_code == 2
+    assert "flowers17 is not at hand" in shown.stdout
+    assert "unknown notebook" not in shown.stderr
+    assert "no claims for notebook '99'" in call("verify", "99").stderr

@@ -1,0 +1,200 @@
+"""Experiments run live on the digits data: keys, the store, what is computed and what is not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prunelab import data, experiments
+from prunelab.experiments import EFFORTS, Effort, Experiment, Store, compute, run
+
+SPP = Experiment("digits", "convnet-bn", "spp", (("t", 1), ("margin", 0.1)), 0.5, "conv", "smoke", 0)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Give every test its own cache, and an effort of a few steps."""
+    monkeypatch.setenv("PRUNELAB_CACHE", str(tmp_path / "cache"))
+    after = replace(EFFORTS["smoke"].after, epochs=1)
+    monkeypatch.setitem(EFFORTS, "smoke", Effort(replace(EFFORTS["smoke"].dense, epochs=0.5), after))
+    yield
+
+
+def toy(method: str = "l1", macs: float = 0.5, seed: int = 0, **parameters: Any) -> Experiment:
+    scope = "all" if method == "dense" else "conv"
+    return Experiment("digits", "convnet-bn", method, tuple(parameters.items()), macs, scope, "smoke", seed)  # type: ignore[arg-type]
+
+
+def row(key: str, seed: int = 0) -> dict[str, Any]:
+    return {"key": key, "dataset": "digits", "model": "convnet-bn", "seed": seed}
+
+
+def test_a_key_never_changes() -> None:
+    # every recorded row is filed under such a key
+    assert SPP.key == "1e4c9f90965d7fc9"
+    assert SPP.base.key == "13fe92c24805c37c"
+
+
+def test_a_key_is_of_the_values_not_of_how_they_are_written() -> None:
+    assert replace(SPP, parameters=(("margin", 0.1), ("t", 1))).key == SPP.key
+    assert replace(SPP, parameters={"t": 1, "margin": 0.1}).key == SPP.key  # type: ignore[arg-type]
+    assert toy("dense", 1).key == toy("dense", 1.0).key
+
+
+def test_every_field_changes_the_key() -> None:
+    changes: dict[str, Any] = {"dataset": "mnist", "model": "convnet", "macs": 0.25, "scope": "all", "effort": "brief"}
+    changes |= {"seed": 1, "parameters": ()}
+    keys = {replace(SPP, **{field: value}).key for field, value in changes.items()}
+    keys.add(Experiment("digits", "convnet-bn", "l1", (), 0.5, "conv", "smoke", 0).key)
+    assert len(keys | {SPP.key}) == len(changes) + 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "magic"}, "unknown method 'magic': legal names are"),
+        ({"parameters": (("tt", 1),)}, "method 'spp' has no parameter tt: it has"),
+        ({"parameters": (("t", 0),)}, "t is 0"),
+        ({"effort": "huge"}, "effort='huge': legal values are 'smoke', 'brief', 'short', 'full'"),
+        ({"seed": -1}, "seed=-1: a seed is an integer >= 0"),
+        ({"seed": 0.5}, "seed=0.5"),
+        ({"macs": 0.0}, "macs"),
+        ({"macs": 1.5}, "macs"),
+        ({"scope": "linear"}, "scope"),
+    ],
+)
+def test_an_illegal_experiment_cannot_be_made(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(SPP, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dataset": "no-such-data"}, "unknown data set 'no-such-data'"),
+        ({"model": "no-net"}, "unknown network 'no-net'"),
+    ],
+)
+def test_run_refuses_an_unknown_name_before_any_work(
+    tiny: None, tmp_path: Path, change: dict[str, str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run([toy(), replace(toy(), **change)], store=Store(tmp_path / "rows"), jobs=1, progress=False)  # type: ignore[arg-type]
+    assert not (tmp_path / "rows").exists()
+    assert not (tmp_path / "cache" / "weights").exists()
+
+
+def test_the_store_keeps_rows_by_key_and_adds_none_twice(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    assert store.rows() == {}
+    for key, seed in (("a", 0), ("b", 1), ("a", 2)):
+        store.add(row(key, seed))
+    assert store.rows() == {"a": row("a", 0), "b": row("b", 1)}
+    assert (tmp_path / "digits-convnet-bn.jsonl").read_text().splitlines() == [
+        json.dumps(row("a", 0)),
+        json.dumps(row("b", 1)),
+    ]
+
+
+def test_an_interrupted_write_leaves_the_rows_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path)
+    store.add(row("a"))
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        store.add(row("b"))
+    assert store.rows() == {"a": row("a")}
+    assert not [path for path in tmp_path.iterdir() if path.suffix == ".part"]
+
+
+@pytest.mark.parametrize("damage", ['{"key": "b", "da', "[]", "{}", "\x00\x00"])
+def test_a_damaged_line_is_named(tmp_path: Path, damage: str) -> None:
+    store = Store(tmp_path)
+    store.add(row("a"))
+    path = tmp_path / "digits-convnet-bn.jsonl"
+    path.write_text(path.read_text() + damage + "\n")
+    with pytest.raises(ValueError, match=r"digits-convnet-bn\.jsonl, line 2 is not a row"):
+        store.rows()
+
+
+def test_only_what_is_missing_is_computed(tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path / "rows")
+    wanted = [toy("dense", 1.0), toy(macs=0.5), toy(macs=0.25), toy(macs=0.5)]
+    trained, computed = [], []
+    fit, full = experiments.fit, experiments.compute
+
+    def count_fit(net: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        trained.append(args[1])
+        return fit(net, *args, **kwargs)
+
+    def count(experiment: Experiment) -> Any:
+        computed.append(experiment)
+        return full(experiment)
+
+    monkeypatch.setattr(experiments, "fit", count_fit)
+    monkeypatch.setattr(experiments, "compute", count)
+    first = run(wanted[:2], store=store, jobs=1, progress=False)
+    assert trained.count(EFFORTS["smoke"].dense) == 1  # the network that both start from
+    both = run(wanted, store=store, jobs=1, progress=False)
+    assert computed == wanted[:3]
+    assert trained.count(EFFORTS["smoke"].dense) == 1
+    assert both.key.tolist() == [experiment.key for experiment in wanted[:3]]
+    assert both.iloc[:2].to_dict("records") == first.to_dict("records")
+    assert Store(tmp_path / "rows").rows().keys() == set(both.key)
+
+
+def test_side_by_side_gives_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = [toy("dense", 1.0), toy(macs=0.25)]
+    found = []
+    for jobs in (1, 2):
+        monkeypatch.setenv("PRUNELAB_CACHE", str(tmp_path / f"cache{jobs}"))
+        found.append(run(wanted, store=Store(tmp_path / f"rows{jobs}"), jobs=jobs, progress=False))
+    alone, together = (rows.drop(columns=["seconds", "date"]).to_dict("records") for rows in found)
+    assert alone == together
+
+
+@pytest.mark.parametrize(
+    "experiment", [toy("dense", 1.0), toy(), toy("spp", t=1, margin=0.1), toy("taylor", updates=3)]
+)
+def test_every_method_spends_the_same_effort_and_meets_the_budget(tiny: None, experiment: Experiment) -> None:
+    found = compute(experiment)
+    images = data.load("digits")
+    one_step = EFFORTS["smoke"].after.batch_size / len(images.train.labels)
+    assert found["epochs"] == pytest.approx(EFFORTS["smoke"].after.epochs, abs=1.5 * one_step)
+    assert 0 <= found["epochs_pruning"] <= found["epochs"]
+    kept = found["macs_conv"] / found["dense_macs_conv"]
+    assert experiment.macs - 0.01 <= kept <= experiment.macs
+    assert (found["parameter_count"] < found["dense_parameter_count"]) == (experiment.macs < 1)
+    assert found["data_digest"] == images.digest[:16]
+    assert Experiment.of(json.loads(json.dumps(found))) == experiment
+
+
+def test_a_row_is_its_experiments_only_unchanged(tiny: None) -> None:
+    found = compute(toy("dense", 1.0))
+    with pytest.raises(ValueError, match="was changed by hand"):
+        Experiment.of(found | {"seed": 1})
+    with pytest.raises(ValueError, match="'effort' is missing"):
+        Experiment.of({name: value for name, value in found.items() if name != "effort"})
+
+
+def test_damaged_weights_are_named(tiny: None, tmp_path: Path) -> None:
+    experiments.base_network(toy())
+    (path,) = (tmp_path / "cache" / "weights").glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=rf"{path.name} is damaged .* delete it"):
+        experiments.base_network(toy())
+
+
+def test_the_number_of_threads_is_given_back(tiny: None) -> None:
+    before = torch.get_num_threads()
+    compute(toy("dense", 1.0))
+    assert torch.get_num_threads() == before
