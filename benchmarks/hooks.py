@@ -24,7 +24,8 @@ def main(model: str = "convnet-bn", steps: int = 20, rounds: int = 5, batch_size
     """Print milliseconds per step without and with each hook, and the ratio of the medians."""
     images = data.load("cifar10") if os.environ.get("PRUNELAB_DATA") else data.load("digits", image_size=32)
     budget = Budget(macs=0.25, scope="conv")
-    recipe = Recipe(steps * batch_size / (len(images.train.labels) // batch_size * batch_size), lr=1e-3, batch_size=batch_size)
+    steps_per_epoch = len(images.train.labels) // batch_size
+    recipe = Recipe(steps / steps_per_epoch, lr=1e-3, batch_size=batch_size)
 
     def spp(unit: type[ColumnSpace] | type[ChannelSpace]) -> Callable[[torch.nn.Module], Hook]:
         def hook(net: torch.nn.Module) -> Hook:
@@ -45,10 +46,11 @@ def main(model: str = "convnet-bn", steps: int = 20, rounds: int = 5, batch_size
             run = fit(net, images, recipe, seed=0, hook=make(net), progress=False)
             seconds[name].append(run.seconds / run.steps)
     plain = statistics.median(seconds["plain"])
-    print(f"{model}, {images.name} ({images.source}), batch {batch_size}, {torch.get_num_threads()} threads, {rounds} rounds")
+    print(f"{model}, {images.name} ({images.source}), batch {batch_size}, {torch.get_num_threads()} threads")
     for name, found in seconds.items():
         middle = statistics.median(found)
-        print(f"{name:14s} {middle * 1e3:8.1f} ms a step  [{min(found) * 1e3:.1f}, {max(found) * 1e3:.1f}]  {middle / plain:.3f}x")
+        low, high = min(found) * 1e3, max(found) * 1e3
+        print(f"{name:14s} {middle * 1e3:8.1f} ms a step [{low:.1f}, {high:.1f}]  {middle / plain:.3f}x")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch import nn
 
 from prunelab import cost, data, models
 from prunelab.methods import build
-from prunelab.methods.spp import SPP, PruningProbability, Pruning, increment
+from prunelab.methods.spp import SPP, Pruning, PruningProbability, increment
 from prunelab.structure import Budget, ChannelSpace, ColumnSpace
 from prunelab.training import Context, Hook, Recipe, State, evaluate, fit
 
@@ -177,8 +177,9 @@ class Watching(Hook):
         self.hidden_once += int((~self.mask).any())
 
     def after_step(self, state: State) -> None:
-        decayed = self.kept * (1 - state.optimizer.param_groups[0]["lr"] * state.optimizer.param_groups[0]["weight_decay"] * 1.9)
-        torch.testing.assert_close(self.weight[~self.mask], decayed[~self.mask])  # nesterov: the decay counts (1 + 0.9) times
+        group = state.optimizer.param_groups[0]
+        decayed = self.kept * (1 - group["lr"] * group["weight_decay"] * 1.9)  # Nesterov: the decay counts 1.9 times
+        torch.testing.assert_close(self.weight[~self.mask], decayed[~self.mask])
 
 
 def test_every_step_hides_columns_as_the_paper_says(digits: data.Data, trained: nn.Module) -> None:
@@ -186,7 +187,8 @@ def test_every_step_hides_columns_as_the_paper_says(digits: data.Data, trained: 
     space = ColumnSpace(net, digits.example)
     settings = SPP(t=3, margin=0.1)
     watching = Watching(Pruning(space, settings.counts(space, Budget(macs=0.25, scope="conv")), settings), "conv2")
-    fit(net, digits, Recipe(epochs=2, lr=0.01, schedule="constant", batch_size=32), seed=0, hook=watching, progress=False)
+    recipe = Recipe(epochs=2, lr=0.01, schedule="constant", batch_size=32)
+    fit(net, digits, recipe, seed=0, hook=watching, progress=False)
     assert watching.hidden_once > 30
 
 
@@ -253,8 +255,19 @@ def test_half_of_every_convolution_is_exactly_half_of_the_macs() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("A", 0), ("A", 1.5), ("u", 1), ("t", 0), ("t", 2.5), ("unit", "rows"), ("margin", 1), ("averaging", -0.1), ("share", 0), ("lr", 0)],
-)  # fmt: skip
+    [
+        ("A", 0),
+        ("A", 1.5),
+        ("u", 1),
+        ("t", 0),
+        ("t", 2.5),
+        ("unit", "rows"),
+        ("margin", 1),
+        ("averaging", -0.1),
+        ("share", 0),
+        ("lr", 0),
+    ],
+)
 def test_an_illegal_setting_is_named(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"spp: {field} is .*must be"):
         build("spp", **{field: value})

@@ -13,12 +13,10 @@ __all__ = ["METHODS", "Method", "Pruned", "build"]
 
 def _found() -> dict[str, type[Method]]:
     """Return every class with a `name` that the modules of this package define."""
-    found = {}
-    for module in pkgutil.iter_modules(__path__):
-        for thing in vars(importlib.import_module(f"{__name__}.{module.name}")).values():
-            if isinstance(thing, type) and thing.__module__.startswith(__name__) and isinstance(getattr(thing, "name", 0), str):
-                found[thing.name] = thing
-    return dict(sorted(found.items()))
+    modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
+    things = [thing for module in modules for thing in vars(module).values() if isinstance(thing, type)]
+    named = {getattr(thing, "name", None): thing for thing in things if thing.__module__.startswith(__name__)}
+    return {name: named[name] for name in sorted(filter(None, named))}
 
 
 METHODS: dict[str, type[Method]] = _found()

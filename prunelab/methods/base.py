@@ -1,4 +1,4 @@
-"""What every pruning method is: a frozen dataclass of the paper's hyper-parameters that can be called on a trained network."""
+"""What every pruning method is: a frozen dataclass of the paper's hyper-parameters, called on a trained network."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from prunelab.training import Context
 
 @dataclass(frozen=True)
 class Dense:
-    """Keep the whole network, whatever the budget; what it reaches with the same effort is the noise floor of every figure."""
+    """Keep the whole network, whatever the budget: what it reaches with the same effort is the noise floor."""
 
     name: ClassVar[str] = "dense"
 

@@ -1,7 +1,8 @@
 """Structured Probabilistic Pruning (Wang et al. 2017, arXiv 1709.06994).
 
-Every unit has a probability p of being masked, which starts at 0. Every t steps the units of a layer are ranked by their L1 norm and p moves
-by Δ(rank): up for the weakest, down for the others, so a unit that recovers its norm recovers its place. p = 1 is final.
+Every unit has a probability p of being masked, which starts at 0. Every t steps the units of a layer are ranked by
+their L1 norm and p moves by Δ(rank): up for the weakest, down for the others, so a unit that recovers its norm recovers
+its place. p = 1 is final.
 """
 
 from __future__ import annotations
@@ -66,10 +67,11 @@ class PruningProbability:
         alive = np.flatnonzero(~self.gone)
         order = alive[np.argsort(self._score[alive], kind="stable")]
         aim = min(self.remove + math.ceil(self.settings.margin * len(self.p)), len(self.p) - 1)
-        step = increment(np.arange(len(order), dtype=float), aim - int(self.gone.sum()), self.settings.A, self.settings.u)
+        ranks = np.arange(len(order), dtype=float)
+        change = increment(ranks, aim - int(self.gone.sum()), self.settings.A, self.settings.u)
         if not self.settings.recovery:
-            step = np.maximum(step, 0)
-        self.p[order] = np.clip(self.p[order] + step, 0, 1)
+            change = np.maximum(change, 0)
+        self.p[order] = np.clip(self.p[order] + change, 0, 1)
         left = self.remove - int(self.gone.sum())
         self.gone[order[self.p[order] >= 1][:left]] = True
 
@@ -98,11 +100,11 @@ class SPP:
         t: training steps between two updates of p.
         unit: "columns" of the im2col matrix (the paper's) or "filters".
         recovery: the paper's claim; False cuts Δ at 0, so that p can only grow and nothing else changes.
-        margin: δ, the layer aims at (R + δ)·N units and stops at R·N. 0 in the published code's defaults; its helper scripts write 0.1,
-            without which the last few units may wait for ever.
+        margin: δ, the layer aims at (R + δ)·N units and stops at R·N. 0 in the published code's defaults; its helper
+            scripts write 0.1, without which the last few units may wait for ever.
         averaging: γ of the score, S ← γ·S + s. 0 in the published code.
         share: the part of the effort, in (0, 1], after which layers that have not finished are cut at the exact count.
-        lr: constant learning rate while pruning. The paper's is not known; this is the rate that fine-tuning starts from.
+        lr: constant learning rate while pruning; the paper's is not known.
     """
 
     name: ClassVar[str] = "spp"
@@ -134,16 +136,16 @@ class SPP:
     def __call__(self, net: nn.Module, budget: Budget, context: Context) -> Pruned:
         """Prune while training at a constant rate; the retraining of the fixed structure is the caller's.
 
-        The history holds `p`: {group: [updates, size]}, every probability after every update until the layer was finished, `finished`:
-        whether every layer reached its count by itself, and `steps`: of training.
+        The history holds `p`: {group: [updates, size]}, every probability after every update until the layer was
+        finished, `finished`: whether every layer reached its count by itself, and `steps`: of training.
         """
         net = copy.deepcopy(net)
         space = space_of(self.unit, net, context.data.example)
         pruning = Pruning(space, self.counts(space, budget), self)
-        recipe = replace(
-            context.recipe, epochs=self.share * context.recipe.epochs, schedule="constant", lr=self.lr
+        phase = replace(context.recipe, epochs=self.share * context.recipe.epochs, schedule="constant", lr=self.lr)
+        spent = fit(
+            net, context.data, phase, seed=context.seed, hook=pruning, progress=context.progress, label=self.name
         )
-        spent = fit(net, context.data, recipe, seed=context.seed, hook=pruning, progress=context.progress, label=self.name)
         finished = pruning.finish()
         plan = space.plan({name: np.flatnonzero(~layer.gone).tolist() for name, layer in pruning.layers.items()})
         trace = {name: np.array(rows, dtype=np.float32) for name, rows in pruning.trace.items()}
@@ -184,7 +186,8 @@ class Pruning(Hook):
     @torch.no_grad()
     def after_gradients(self, state: State) -> None:
         """Give hidden weights their values back, without a gradient and with their momentum erased."""
-        for (parameter, _), mask, stored, momentum in zip(self.owned, self.masks, self.stored, self.momentum, strict=True):
+        touched = zip(self.owned, self.masks, self.stored, self.momentum, strict=True)
+        for (parameter, _), mask, stored, momentum in touched:
             parameter.copy_(stored)
             if parameter.grad is not None:
                 parameter.grad.mul_(mask)
@@ -210,7 +213,7 @@ class Pruning(Hook):
         return all(finished for _, finished in before.values())
 
     def _settle(self, before: Mapping[str, tuple[NDArray[np.bool_], bool]]) -> None:
-        """Zero the units that have just gone; in a layer that has just finished, scale the others by 1 − p, then p = 0."""
+        """Zero the units that have just gone; in a layer that just finished, scale the rest by 1 − p, then p = 0."""
         factors = []
         for name, layer in self.layers.items():
             factor = np.where(layer.gone & ~before[name][0], 0.0, 1.0)
@@ -219,4 +222,3 @@ class Pruning(Hook):
                 layer.p = layer.gone.astype(float)
             factors.append(factor)
         self.space.apply_gates(self.space.net, torch.from_numpy(np.concatenate(factors)))
-
