@@ -178,10 +178,19 @@ def _line(paper: Paper, claim: Claim, experiments: Cells, known: Mapping[str, Ro
     decided = verdict(claim, rows)
     number = str(paper.headline) if claim.headline and paper.headline else ""
     some = next(iter(experiments.values()))
-    setting = f"{some.model} on {some.dataset}, {some.effort}"
+    setting = f"{some.model} on {images_of(rows) or some.dataset}, {some.effort}"
     seeds = int(decided.differences.seeds.min()) if len(decided.differences) else 0
     minutes = round(rows.seconds.sum() / 60, 1) if len(rows) else 0.0
     return (paper.notebook, paper.system, claim.text, number, decided.summary, decided.word, setting, seeds, minutes)
+
+
+def images_of(rows: pd.DataFrame) -> str:
+    """Return what to call the images of some rows: the data set, and that they are JPEGs if they are; "" for no rows.
+
+    A data set that was re-encoded is not the paper's: its accuracies are a little lower.
+    """
+    names = {f"{r.dataset} (JPEG)" if "JPEG" in r.data_source else r.dataset for r in rows.itertuples()}
+    return ", ".join(sorted(names))
 
 
 def markdown(table: pd.DataFrame) -> str:

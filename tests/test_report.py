@@ -119,7 +119,7 @@ def recorded(folder: Path, values: Mapping[str, float]) -> Store:
     for (arm, macs, seed), experiment in claims.load("02").experiments().items():
         if arm in values:
             row: Row = {"key": experiment.key, "dataset": "cifar10", "model": "convnet-bn", "method": experiment.method}
-            row |= {"effort": "brief", "macs": macs, "seed": seed, "seconds": 20.0}
+            row |= {"effort": "brief", "macs": macs, "seed": seed, "seconds": 20.0, "data_source": "archive (JPEG)"}
             store.add(row | {"test_tuned": values[arm] + seed / 10})
     return store
 
@@ -135,6 +135,7 @@ def test_the_table_reads_the_store_and_computes_nothing(tmp_path: Path) -> None:
     assert regained["paper's number"].startswith("6.6 % (VGG-16-A")
     assert greedy["measured here"] == smallest["paper's number"] == ""
     assert (smallest.seeds, greedy.seeds) == (3, 0)
+    assert smallest.setting == "convnet-bn on cifar10 (JPEG), brief"
     assert smallest.minutes == 9.0  # 3 arms x 3 budgets x 3 seeds x 20 s
     assert set(table.loc["01_spp"].verdict) == {"not tested here"}
 
@@ -143,7 +144,14 @@ def test_settings_other_than_the_recorded_ones_are_found_in_the_store(tmp_path: 
     store = Store(tmp_path)
     for experiment in claims.load("02").experiments(dataset="digits", effort="smoke", macs=[0.3]).values():
         row = {"key": experiment.key, "dataset": "digits", "model": "convnet-bn", "method": experiment.method}
-        row |= {"effort": "smoke", "macs": experiment.macs, "seed": experiment.seed, "seconds": 1.0, "test_tuned": 90.0}
+        row |= {
+            "effort": "smoke",
+            "macs": experiment.macs,
+            "seed": experiment.seed,
+            "seconds": 1.0,
+            "test_tuned": 90.0,
+            "data_source": "x",
+        }
         store.add(row)
     table = report.verdict_table(store, recorded=False)
     ours = table[table.notebook == "02_filter_pruning"]
