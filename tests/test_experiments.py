@@ -13,6 +13,7 @@ import torch
 
 from prunelab import data, experiments
 from prunelab.experiments import EFFORTS, Effort, Experiment, Store, compute, run
+from prunelab.training import Recipe
 
 SPP = Experiment("digits", "convnet-bn", "spp", (("t", 1), ("margin", 0.1)), 0.5, "conv", "smoke", 0)
 
@@ -39,6 +40,11 @@ def test_a_key_never_changes() -> None:
     # every recorded row is filed under such a key
     assert SPP.key == "1e4c9f90965d7fc9"
     assert SPP.base.key == "13fe92c24805c37c"
+
+
+def test_an_effort_with_recorded_rows_never_changes() -> None:
+    # a key holds the effort's name, so another schedule needs another name
+    assert EFFORTS["brief"] == Effort(Recipe(epochs=6, lr=0.1), Recipe(epochs=2, lr=0.03))
 
 
 def test_a_key_is_of_the_values_not_of_how_they_are_written() -> None:
