@@ -259,7 +259,7 @@ def base_network(experiment: Experiment) -> nn.Module:
             with _one_thread():
                 fit(net, images, EFFORTS[base.effort].dense, seed=base.seed, progress=False)
             weights = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
-            write_atomically(path, save(weights, {"digest": images.digest}))
+            write_atomically(path, save(weights))
     try:
         net.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError) as error:
@@ -268,7 +268,10 @@ def base_network(experiment: Experiment) -> nn.Module:
 
 
 def _weights_path(base: Experiment) -> Path:
-    return cache_folder() / "weights" / f"{base.dataset}-{base.model}-{base.effort}-{base.seed}-{base.key}.safetensors"
+    """Name the file after the images too: under one data set's name there may be others, such as re-encoded ones."""
+    images = _data(base.dataset).digest[:8]
+    name = f"{base.dataset}-{images}-{base.model}-{base.effort}-{base.seed}-{base.key}.safetensors"
+    return cache_folder() / "weights" / name.replace(os.sep, "_")
 
 
 @cache
