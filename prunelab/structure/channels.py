@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
+from collections.abc import Mapping
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from prunelab.structure.graph import Axis, Coupling, Ids, couple
@@ -75,25 +77,41 @@ class ChannelSpace(Space):
 
         The tensors are cut while the network is copied, so no second full set of weights is made.
         """
-        kept = np.append(self.gates(plan).numpy() > 0, True)  # unit -1 is never removed
-        cut: dict[int, Tensor] = {}
-        for axis in sorted(self.coupling.axes, key=lambda axis: axis.dim):  # whole filters first: rows copy fastest
-            tensor = getattr(self.net.get_submodule(axis.module), axis.tensor)
-            stays = kept[axis.units]
-            if not stays.all():
-                cut[id(tensor)] = _select(cut.get(id(tensor), tensor.detach()), axis.dim, np.flatnonzero(stays))
-        for parameter in self.net.parameters():
-            if id(parameter) in cut:
-                cut[id(parameter)] = nn.Parameter(cut[id(parameter)], parameter.requires_grad)
-        small = copy.deepcopy(self.net, dict(cut))
+        own = {axis.name: self._tensor(axis) for axis in self.coupling.axes}
+        cut = self.cut(plan, {name: tensor.detach() for name, tensor in own.items()})
+        memo: dict[int, Tensor] = {}
+        for name, tensor in own.items():
+            if cut[name].shape != tensor.shape:
+                learnt = isinstance(tensor, nn.Parameter)
+                memo[id(tensor)] = nn.Parameter(cut[name], tensor.requires_grad) if learnt else cut[name]
+        small = copy.deepcopy(self.net, dict(memo))
+        kept = self._kept(plan)
         for count in self.coupling.counts:
             setattr(small.get_submodule(count.module), count.attribute, int(kept[count.units].sum()) // count.per)
         return small
 
+    def cut(self, plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Keep, along every axis of each tensor, what the plan keeps."""
+        kept, found = self._kept(plan), dict(tensors)
+        for axis in sorted(self.coupling.axes, key=lambda axis: axis.dim):  # whole filters first: rows copy fastest
+            if axis.name in found and not (stays := kept[axis.units]).all():
+                found[axis.name] = _select(found[axis.name], axis.dim, np.flatnonzero(stays))
+        return found
+
+    def _kept(self, plan: Plan) -> NDArray[np.bool_]:
+        """Return, by unit number, whether a unit stays; -1, which finds the last entry, does."""
+        return np.append(self.gates(plan).numpy() > 0, True)
+
+    def _tensor(self, axis: Axis) -> Tensor:
+        tensor: Tensor = getattr(self.net.get_submodule(axis.module), axis.tensor)
+        return tensor
+
 
 def _select(tensor: Tensor, dim: int, positions: Ints) -> Tensor:
     if tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64):
-        return torch.from_numpy(np.take(tensor.numpy(), positions, dim))  # several times as fast as index_select
+        return torch.from_numpy(
+            np.take(tensor.detach().numpy(), positions, dim)
+        )  # several times as fast as index_select
     return tensor.index_select(dim, torch.from_numpy(positions).to(tensor.device))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -85,3 +86,9 @@ class ColumnSpace(Space):
             if len(plan.keep[name]) < plan.sizes[name]
         }
         return copy.deepcopy(self.net, dict(cut))
+
+    def cut(self, plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Keep the columns of what has the shape of a cut kernel, [out, C, kh, kw] -> [out, kept]."""
+        self.check(plan)
+        kept = {f"{name}.weight": plan.keep[name] for name in plan.keep if len(plan.keep[name]) < plan.sizes[name]}
+        return {name: t.flatten(1)[:, list(kept[name])] if name in kept else t for name, t in tensors.items()}

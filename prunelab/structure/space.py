@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from prunelab import scores as criteria
 from prunelab.structure.plan import Plan
@@ -137,6 +138,10 @@ class Space(ABC):
     def shrink(self, plan: Plan) -> nn.Module:
         """Return a physically smaller copy of the network that computes what the masked one computes."""
 
+    @abstractmethod
+    def cut(self, plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Cut tensors that have the names and shapes of the network's parameters as `shrink` cuts the parameters."""
+
     # -- scores, budgets and plans ----------------------------------------------------------------------------------
 
     def scores(self, criterion: str | Callable[[Space], Scores]) -> Scores:
@@ -232,6 +237,38 @@ class Space(ABC):
             for units in owners:
                 parameter.mul_(open_ended(gates.to(parameter))[units.to(parameter.device)])
 
+    # -- optimisers -------------------------------------------------------------------------------------------------
+
+    def carry(self, plan: Plan, optimizer: Optimizer, small: nn.Module) -> Optimizer:
+        """Return an optimiser that goes on with the shrunk network where the old one stopped.
+
+        Everything it remembers of a parameter (momentum, second moments) is cut as the parameter was. The old optimiser
+        still holds the old tensors: stepping it would train a network that nobody uses, and is an error from now on.
+
+        Args:
+            plan: what was kept.
+            optimizer: any of torch.optim's, over parameters of this space's network.
+            small: what `shrink(plan)` returned.
+
+        Raises:
+            ValueError: the optimiser has a parameter that is not the network's.
+            RuntimeError: later, when the old optimiser is stepped.
+        """
+        names = {id(parameter): name for name, parameter in self.net.named_parameters()}
+        known = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if any(id(parameter) not in names for parameter in known):
+            raise ValueError("the optimiser has parameters that are not this network's: give the one that trained it")
+        new = dict(small.named_parameters())
+        groups = [{**g, "params": [new[names[id(p)]] for p in g["params"]]} for g in optimizer.param_groups]
+        carried = type(optimizer)(groups, **optimizer.defaults)
+        for parameter in known:
+            name = names[id(parameter)]
+            for key, value in optimizer.state.get(parameter, {}).items():
+                along = isinstance(value, Tensor) and value.shape == parameter.shape
+                carried.state[new[name]][key] = self.cut(plan, {name: value})[name] if along else copy.copy(value)
+        optimizer.register_step_pre_hook(_refuse_step)
+        return carried
+
     # -- inside -----------------------------------------------------------------------------------------------------
 
     def _known(self, names: Mapping[str, object]) -> None:
@@ -303,6 +340,12 @@ class Space(ABC):
             priority[(rank == group.size) | (score == np.inf)] = np.inf
             parts.append(priority)
         return np.concatenate(parts)
+
+
+def _refuse_step(optimizer: Optimizer, *_: object) -> None:
+    raise RuntimeError(
+        "this optimiser holds the parameters of a network that was shrunk: step the one `carry` returned"
+    )
 
 
 def open_ended(gates: Tensor) -> Tensor:

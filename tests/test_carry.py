@@ -1,0 +1,80 @@
+"""Optimisers that go on after the network was shrunk."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, Optimizer
+
+from prunelab import models
+from prunelab.structure import ChannelSpace, ColumnSpace
+
+OPTIMISERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
+    "momentum": lambda p: SGD(p, lr=0.05, momentum=0.9, nesterov=True),
+    "Adam": lambda p: Adam(p, lr=0.01),
+    "groups": lambda p: SGD([{"params": p[:2], "lr": 0.1}, {"params": p[2:]}], lr=0.01, momentum=0.5),
+}
+
+
+def step(net: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor) -> None:
+    optimizer.zero_grad()
+    F.cross_entropy(net(images), labels).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("unit", [ChannelSpace, ColumnSpace])
+@pytest.mark.parametrize("name", OPTIMISERS)
+@pytest.mark.parametrize("model", ["convnet", "resnet20"])
+def test_training_goes_on_as_if_nothing_had_happened(
+    unit: type[ChannelSpace] | type[ColumnSpace], name: str, model: str
+) -> None:
+    """Train a masked network for two steps and shrink it: the third step changes what is left as it does when masked."""
+    torch.manual_seed(0)
+    images, labels = torch.randn(8, 1, 8, 8, dtype=torch.double), torch.randint(10, (8,))
+    net = models.build(model, shape=(1, 8, 8), seed=0, width=0.5).double().train()
+    plan = unit(net, images).plan_for(unit(net, images).scores("random"), [0.5] * len(unit(net, images).groups))
+    masked = unit(net, images).mask(plan)
+    space = unit(masked, images)
+    optimizer = OPTIMISERS[name](list(masked.parameters()))
+    for _ in range(2):
+        step(masked, optimizer, images, labels)
+        space.apply_gates(masked, space.gates(plan))
+
+    small = space.shrink(plan).train()
+    again = copy.deepcopy(optimizer.state_dict())
+    carried = space.carry(plan, optimizer, small)
+    step(small, carried, images, labels)
+
+    fresh = OPTIMISERS[name](list(masked.parameters()))  # the old one refuses; this is its twin
+    fresh.load_state_dict(again)
+    step(masked, fresh, images, labels)
+    expected = space.cut(plan, dict(masked.named_parameters()))
+    for key, value in small.named_parameters():
+        torch.testing.assert_close(value, expected[key], rtol=1e-9, atol=1e-12)
+
+
+def test_a_stale_optimiser_refuses_to_step() -> None:
+    net = models.build("convnet", shape=(1, 8, 8), seed=0)
+    space = ChannelSpace(net, torch.zeros(1, 1, 8, 8))
+    plan = space.plan_for(space.scores("l1"), [0.5] * len(space.groups))
+    optimizer = SGD(net.parameters(), lr=0.1)
+    before = [parameter.clone() for parameter in net.parameters()]
+    space.carry(plan, optimizer, space.shrink(plan))
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(RuntimeError, match="step the one `carry` returned"):
+        optimizer.step()
+    assert all(torch.equal(old, new) for old, new in zip(before, net.parameters(), strict=True))
+
+
+def test_an_optimiser_of_another_network_is_refused() -> None:
+    net, other = (models.build("convnet", shape=(1, 8, 8), seed=seed) for seed in (0, 1))
+    space = ChannelSpace(net, torch.zeros(1, 1, 8, 8))
+    plan = space.plan({})
+    with pytest.raises(ValueError, match="not this network's"):
+        space.carry(plan, SGD(other.parameters(), lr=0.1), space.shrink(plan))
