@@ -189,8 +189,8 @@ def images_of(rows: pd.DataFrame) -> str:
 
     A data set that was re-encoded is not the paper's: its accuracies are a little lower.
     """
-    names = {f"{r.dataset} (JPEG)" if "JPEG" in r.data_source else r.dataset for r in rows.itertuples()}
-    return ", ".join(sorted(names))
+    pairs = set() if rows.empty else set(zip(rows.dataset.astype(str), rows.data_source.astype(str), strict=True))
+    return ", ".join(sorted({f"{name} (JPEG)" if "JPEG" in source else name for name, source in pairs}))
 
 
 def markdown(table: pd.DataFrame) -> str:

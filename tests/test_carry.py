@@ -33,7 +33,7 @@ def step(net: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor) -
 def test_training_goes_on_as_if_nothing_had_happened(
     unit: type[ChannelSpace] | type[ColumnSpace], name: str, model: str
 ) -> None:
-    """Train a masked network for two steps and shrink it: the third step changes what is left as it does when masked."""
+    """After two steps and the cut, the third step changes what is left as it does in the masked network."""
     torch.manual_seed(0)
     images, labels = torch.randn(8, 1, 8, 8, dtype=torch.double), torch.randint(10, (8,))
     net = models.build(model, shape=(1, 8, 8), seed=0, width=0.5).double().train()
