@@ -109,9 +109,8 @@ class ChannelSpace(Space):
 
 def _select(tensor: Tensor, dim: int, positions: Ints) -> Tensor:
     if tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64):
-        return torch.from_numpy(
-            np.take(tensor.detach().numpy(), positions, dim)
-        )  # several times as fast as index_select
+        # several times as fast as index_select
+        return torch.from_numpy(np.take(tensor.detach().numpy(), positions, dim))
     return tensor.index_select(dim, torch.from_numpy(positions).to(tensor.device))
 
 
