@@ -8,6 +8,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from prunelab import __main__ as cli
@@ -66,6 +67,7 @@ def test_doctor_finds_a_damaged_store_and_a_missing_folder(repository: Path, mon
     (repository / "results").mkdir()
     (repository / "results" / "x.jsonl").write_text("{}\n")
     monkeypatch.setenv("PRUNELAB_DATA", str(repository / "nowhere"))
+    monkeypatch.setattr("prunelab.__main__.console", Console(width=500))  # so that no message is broken into lines
     shown = call("doctor")
     assert shown.exit_code == 1
     assert "x.jsonl, line 1 is not a row" in shown.stdout
