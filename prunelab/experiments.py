@@ -54,7 +54,7 @@ class Effort:
 
 EFFORTS: dict[str, Effort] = {
     # seconds, for the embedded digits
-    "smoke": Effort(Recipe(epochs=10, lr=0.05, batch_size=32), Recipe(epochs=4, lr=0.03, batch_size=32)),
+    "smoke": Effort(Recipe(epochs=6, lr=0.05, batch_size=32), Recipe(epochs=3, lr=0.03, batch_size=32)),
     # what two CPU cores record in an hour or two
     "brief": Effort(Recipe(epochs=6, lr=0.1), Recipe(epochs=2, lr=0.03)),
     # what two CPU cores record in a night
