@@ -37,6 +37,16 @@ def parameters(namespace: MutableMapping[str, Any], **legal: Legal) -> None:
     namespace[CHECKED] = True
 
 
+def fraction(value: Any) -> bool:
+    """A fraction in (0, 1]."""
+    return isinstance(value, int | float) and 0 < value <= 1
+
+
+def fractions(values: Any) -> bool:
+    """A list of fractions in (0, 1], at least one."""
+    return isinstance(values, list) and bool(values) and all(map(fraction, values))
+
+
 def _is_parameter(name: str, value: Any) -> bool:
     """Whether a name of the notebook is its own plain value, and not an import or a definition."""
     return not (name.startswith("_") or name in INTERACTIVE or callable(value) or type(value).__name__ == "module")
@@ -57,7 +67,8 @@ def _described(legal: Legal) -> str:
     if isinstance(legal, type):
         return f"it must be of type {legal.__name__}"
     if callable(legal):
-        return f"it must be {(legal.__doc__ or legal.__name__).strip().rstrip('.')}"
+        said = (legal.__doc__ or legal.__name__).strip().rstrip(".")
+        return f"it must be {said[0].lower()}{said[1:]}"
     if isinstance(legal, range) and legal.step == 1:
         return f"it must be an integer from {legal.start} to {legal.stop - 1}"
     return f"legal values are {', '.join(map(repr, legal))}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,29 @@ def interval(values: Sequence[float] | NDArray[np.floating[Any]]) -> tuple[float
         return mean, float("nan"), float("nan")
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
     return mean, mean - half, mean + half
+
+
+def accuracy_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the test accuracy of each arm at each budget, mean ± half the 95% interval over seeds, as text.
+
+    Columns are the three moments: right after the cut, with batch norm recalibrated, retrained.
+
+    Args:
+        rows: as from `results`.
+    """
+    stages = {
+        "test_cut": "right after the cut",
+        "test_recalibrated": "batch norm recalibrated",
+        "test_tuned": "retrained",
+    }
+    budgets = [str(Fraction(macs).limit_denominator(100)) for macs in rows.macs]
+    table = rows.groupby(["label", budgets], sort=False)[list(stages)].agg(_with_interval)
+    return table.rename(columns=stages).rename_axis(["arm", "MACs kept"])
+
+
+def _with_interval(values: pd.Series[float]) -> str:
+    mean, low, high = interval(values.to_numpy())
+    return f"{mean:.1f}" if np.isnan(high) else f"{mean:.1f} ± {(high - low) / 2:.1f}"
 
 
 def verdict_table(store: Store | None = None, *, recorded: bool = True) -> pd.DataFrame:

@@ -113,3 +113,13 @@ def test_no_two_arms_of_a_paper_are_the_same_experiment() -> None:
         for effort in ("smoke", "brief"):
             keys = [experiment.key for experiment in paper.experiments(effort=effort).values()]
             assert len(set(keys)) == len(keys)
+
+
+def test_what_counts_as_the_recorded_evidence() -> None:
+    paper = claims.load("01")
+    assert paper.effort_on("digits") == "smoke"
+    assert paper.effort_on("cifar10") == paper.setting.effort
+    recorded = (paper.setting.dataset, paper.setting.model, paper.setting.effort)
+    assert paper.setting.matches(*recorded)
+    for i in range(3):
+        assert not paper.setting.matches(*recorded[:i], "other", *recorded[i + 1 :])

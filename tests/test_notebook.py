@@ -9,16 +9,10 @@ import pytest
 
 from prunelab import notebook
 
-
-def budgets(values: Any) -> bool:
-    """A list of fractions in (0, 1]."""
-    return isinstance(values, list) and all(0 < value <= 1 for value in values)
-
-
 LEGAL: dict[str, Any] = {
     "DATASET": ("digits", "cifar10"),
     "SEEDS": range(1, 21),
-    "BUDGETS": budgets,
+    "BUDGETS": notebook.fractions,
     "LR": float,
 }
 GOOD: dict[str, Any] = {"DATASET": "digits", "SEEDS": 3, "BUDGETS": [0.5], "LR": 0.1}
@@ -26,7 +20,7 @@ IPYTHON = {"In": [""], "Out": {}, "_": "", "_ih": [""], "exit": object(), "quit"
 
 
 def test_legal_values_pass_beside_what_a_notebook_has_anyway() -> None:
-    notebook.parameters({**IPYTHON, "math": math, "budgets": budgets, "Path": type, **GOOD}, **LEGAL)
+    notebook.parameters({**IPYTHON, "math": math, "fractions": notebook.fractions, "Path": type, **GOOD}, **LEGAL)
 
 
 @pytest.mark.parametrize(
@@ -37,8 +31,11 @@ def test_legal_values_pass_beside_what_a_notebook_has_anyway() -> None:
         ({"SEEDS": "3"}, r"SEEDS = '3'"),
         ({"SEEDS": True}, r"SEEDS = True"),
         ({"SEEDS": 3.0}, r"SEEDS = 3\.0"),
-        ({"BUDGETS": [2]}, r"BUDGETS = \[2\]: it must be A list of fractions in \(0, 1\]"),
+        ({"BUDGETS": [2]}, r"BUDGETS = \[2\]: it must be a list of fractions in \(0, 1\]"),
         ({"BUDGETS": ["a"]}, r"BUDGETS = \['a'\]"),
+        ({"BUDGETS": []}, r"BUDGETS = \[\]"),
+        ({"BUDGETS": [0.5, 0]}, r"BUDGETS = \[0\.5, 0\]"),
+        ({"BUDGETS": 0.5}, r"BUDGETS = 0\.5"),
         ({"LR": 1}, r"LR = 1: it must be of type float"),
         ({"SEED": 3}, r"unknown parameter SEED: this notebook has DATASET, SEEDS, BUDGETS, LR"),
         ({"seeds": 3}, r"unknown parameter seeds"),

@@ -44,6 +44,17 @@ def test_one_value_has_no_interval() -> None:
     assert np.isnan(report.interval([])).all()
 
 
+def test_the_accuracy_table_by_hand() -> None:
+    many = rows({("a", 0.5): [71, 72, 73], ("a", 0.125): [60, 60, 60], ("dense", 1.0): [80]})
+    many = many.assign(label=many.arm.str.upper(), test_cut=10.0, test_recalibrated=many.test_tuned - 1)
+    table = report.accuracy_table(many)
+    assert list(table.index) == [("A", "1/2"), ("A", "1/8"), ("DENSE", "1")]
+    assert list(table.columns) == ["right after the cut", "batch norm recalibrated", "retrained"]
+    # 71, 72, 73: s = 1, half width 4.302653 / √3 = 2.48; a single seed has no interval
+    assert list(table.loc[("A", "1/2")]) == ["10.0 ± 0.0", "71.0 ± 2.5", "72.0 ± 2.5"]
+    assert list(table.loc[("DENSE", "1")]) == ["10.0", "79.0", "80.0"]
+
+
 def test_differences_are_paired_by_seed() -> None:
     # the seeds spread over 20 points, the pairs differ by 1, 2, 3
     decided = report.verdict(BETTER, rows({("a", 0.5): [71, 82, 93], ("b", 0.5): [70, 80, 90]}))

@@ -55,6 +55,10 @@ class Setting:
     effort: str
     seeds: int
 
+    def matches(self, dataset: str, model: str, effort: str) -> bool:
+        """Return whether rows of these belong to the recorded evidence."""
+        return (dataset, model, effort) == (self.dataset, self.model, self.effort)
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -124,6 +128,10 @@ class Paper:
     def labels(self) -> dict[str, str]:
         """What figures and tables call each arm."""
         return {name: arm.label for name, arm in self.arms.items()}
+
+    def effort_on(self, dataset: str) -> str:
+        """Return the effort that a notebook spends when none is asked for: "smoke" on digits, else the recorded one."""
+        return "smoke" if dataset == "digits" else self.setting.effort
 
     def experiments(
         self,
