@@ -7,7 +7,7 @@ biases and the products inside attention are not. Counting runs on PyTorch's met
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -108,15 +108,37 @@ def latency(
     Raises:
         ValueError: repeats, warmup or threads out of range.
     """
+    return latencies({"": net}, example, repeats=repeats, warmup=warmup, threads=threads)[""]
+
+
+def latencies(
+    nets: Mapping[str, nn.Module],
+    example: Tensor,
+    *,
+    repeats: int = 30,
+    warmup: int = 5,
+    threads: int | None = None,
+) -> dict[str, Latency]:
+    """Time several networks as `latency` does, turn by turn, so that what else the machine does hits all alike."""
     for name, value, least in (("repeats", repeats, 1), ("warmup", warmup, 0), ("threads", threads, 1)):
         if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
-    with _evaluating(net), _threads(threads), torch.inference_mode():
-        for _ in range(warmup):
-            net(example)
-        seconds = torch.tensor([_seconds(net, example) for _ in range(repeats)], dtype=torch.float64)
-        low, median, high = seconds.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
-        return Latency(median, low, high, len(example), torch.get_num_threads(), str(example.device))
+    with ExitStack() as stack:
+        for net in nets.values():
+            stack.enter_context(_evaluating(net))
+        stack.enter_context(_threads(threads))
+        stack.enter_context(torch.inference_mode())
+        for net in nets.values():
+            for _ in range(warmup):
+                net(example)
+        rounds = [[_seconds(net, example) for net in nets.values()] for _ in range(repeats)]
+        seconds = torch.tensor(rounds, dtype=torch.float64)
+        quartiles = seconds.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64), dim=0)
+        setting = len(example), torch.get_num_threads(), str(example.device)
+        return {
+            label: Latency(median, low, high, *setting)
+            for label, (low, median, high) in zip(nets, quartiles.t().tolist(), strict=True)
+        }
 
 
 class _Call(NamedTuple):

@@ -215,15 +215,23 @@ def compute(experiment: Experiment) -> Row:
     """Run one experiment and return its row; the test split is read once, at the end."""
     began = time.perf_counter()
     row: Row = {"key": experiment.key, **asdict(experiment), "parameters": dict(experiment.parameters)}
-    with _one_thread():
+    with one_thread():
         dense, images = base_network(experiment), _data(experiment.dataset)
-        context = Context(images, EFFORTS[experiment.effort].after, experiment.seed, progress=False)
+        effort = EFFORTS[experiment.effort]
+        context = Context(
+            images,
+            effort.after,
+            experiment.seed,
+            progress=False,
+            initial=_untrained(experiment.base, images),
+            dense=effort.dense,
+        )
         method = methods.build(experiment.method, **dict(experiment.parameters))
         pruned = method(dense, Budget(experiment.macs, experiment.scope), context)
         stages = {"cut": copy.deepcopy(pruned.net)}
         _recalibrate(pruned.net, images, experiment.seed)
         stages["recalibrated"] = copy.deepcopy(pruned.net)
-        left = replace(context.recipe, epochs=max(0.0, context.recipe.epochs - pruned.epochs))
+        left = pruned.recipe or replace(effort.after, epochs=max(0.0, effort.after.epochs - pruned.epochs))
         tuned = fit(pruned.net, images, left, seed=experiment.seed + 1, progress=False)
         stages["tuned"] = pruned.net
         for split in SPLITS:
@@ -251,12 +259,12 @@ def base_network(experiment: Experiment) -> nn.Module:
     """
     base = experiment.base
     images = _data(base.dataset)
-    net = models.build(base.model, classes=len(images.classes), shape=images.shape, seed=base.seed).to(images.device)
+    net = _untrained(base, images)
     path = _weights_path(base)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         if not path.exists():
-            with _one_thread():
+            with one_thread():
                 fit(net, images, EFFORTS[base.effort].dense, seed=base.seed, progress=False)
             weights = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
             write_atomically(path, save(weights))
@@ -265,6 +273,10 @@ def base_network(experiment: Experiment) -> nn.Module:
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it, and the network is trained again") from error
     return net.to(images.device).eval()
+
+
+def _untrained(base: Experiment, images: data.Data) -> nn.Module:
+    return models.build(base.model, classes=len(images.classes), shape=images.shape, seed=base.seed).to(images.device)
 
 
 def _weights_path(base: Experiment) -> Path:
@@ -280,7 +292,7 @@ def _data(name: str) -> data.Data:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Give this process one CPU thread for as long as the block runs."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

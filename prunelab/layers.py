@@ -1,4 +1,4 @@
-"""Layers that torch.nn lacks: a convolution over some columns of its im2col matrix, and padding of channels."""
+"""Layers that torch.nn lacks: a convolution over some columns of its im2col matrix, padding and choice of channels."""
 
 from __future__ import annotations
 
@@ -23,6 +23,53 @@ class ZeroPadChannels(nn.Module):
     def extra_repr(self) -> str:
         """Show the two widths."""
         return f"{self.before}, {self.after}"
+
+
+class AddConstant(nn.Module):
+    """Add to every channel a number of its own that is not trained: y = x + value, [N, C, ...] -> [N, C, ...].
+
+    Attributes:
+        value: [C, 1, ...], broadcast over the batch and the dimensions behind the channels.
+    """
+
+    value: Tensor
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the sum as a new tensor."""
+        return x + self.value
+
+    def extra_repr(self) -> str:
+        """Show how many channels there are."""
+        return f"{len(self.value)}"
+
+
+class ChannelSelection(nn.Module):
+    """Let some channels pass, [N, C, H, W] -> [N, K, H, W]: all of them until the layer is cut.
+
+    In front of a batch norm that reads a stream, it lets channels go for that reader alone; others read them still.
+
+    Attributes:
+        kept: indices of the channels that pass, sorted, int64 [K].
+    """
+
+    kept: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.register_buffer("kept", torch.arange(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Gather the kept channels along dimension 1; return the input itself while all are kept."""
+        return x if len(self.kept) == self.channels else x[:, self.kept]
+
+    def extra_repr(self) -> str:
+        """Show how many channels pass."""
+        return f"{len(self.kept)} of {self.channels}"
 
 
 class ColumnConv2d(nn.Module):

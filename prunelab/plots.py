@@ -16,12 +16,13 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import NullLocator
 from numpy.typing import ArrayLike, NDArray
 
 from prunelab._files import write_atomically
 from prunelab.report import Verdict, interval
-from prunelab.structure import Plan
+from prunelab.structure import ChannelSpace, Plan
 
 FIGURES = Path(__file__).resolve().parents[1] / "figures"
 SIZE = 6.4, 3.7  # inches; at 160 dpi the width of a README column
@@ -211,6 +212,54 @@ def kept_per_layer(plan: Plan, ax: Axes | None = None) -> Axes:
     ax.grid(axis="y", visible=False)
     ax.set(xlim=(0, 100), xlabel=f"{plan.space} kept (%)")
     return ax
+
+
+def coupling(space: ChannelSpace, plan: Plan | None = None, ax: Axes | None = None) -> Axes:
+    """Draw which layers write, read and let through each group of channels, and what a plan removes of them.
+
+    A row is a layer, in the order in which they run; a column is a group, which is cut everywhere at once; what ties it
+    together stands below. A cell holds the number of channels, and is filled as far as the plan keeps them. Batch norms
+    that follow a convolution are left out: they go with it.
+
+    Args:
+        space: the network's channels.
+        plan: what is kept; default everything.
+        ax: where to draw; default new axes of a fitting size.
+    """
+    following = set(space.coupling.norms.values())
+    places = [place for place in space.places() if place.layer not in following]
+    rows = {layer: row for row, layer in enumerate(dict.fromkeys(place.layer for place in places))}
+    kept = (space.sizes if plan is None else space.widths(plan)) / space.sizes
+    ax = ax or plt.subplots(figsize=(2.6 + 0.36 * len(kept), 1.6 + 0.21 * len(rows)))[1]
+    for row in range(0, len(rows), 2):
+        ax.axhspan(row - 0.5, row + 0.5, color="#F6F6F6", linewidth=0, zorder=0)
+    for group, share in enumerate(kept):
+        at = [place for place in places if place.channels[group]]
+        ax.vlines(group, rows[at[0].layer], rows[at[-1].layer], color="#BBBBBB", linewidth=1.2, zorder=1)
+        for place in at:
+            _cell(ax, group, rows[place.layer], PLACES[place.role], place.channels[group], share)
+    ties = [dict.fromkeys(tie.split(" ")[0] for tie in tied.split("; ")) for tied in space.describe().tied_by]
+    ax.set_xticks(range(len(kept)), [", ".join(words) for words in ties], fontsize=8, rotation=90)
+    ax.set_yticks(range(len(rows)), list(rows), fontsize=8)
+    ax.set(xlim=(-0.6, len(kept) - 0.4), ylim=(len(rows) - 0.4, -0.6))
+    ax.tick_params(length=0)
+    ax.grid(visible=False)
+    sns.despine(ax=ax, left=True, bottom=True)
+    handles = [Patch(color=PLACES[role], label=role) for role in PLACES if any(p.role == role for p in places)]
+    if plan is not None:
+        handles.append(Patch(facecolor="white", edgecolor=GREY, label="removed"))
+    ax.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, handlelength=1.2, columnspacing=1.4)
+    return ax
+
+
+PLACES = {"writes": "#F2C35E", "through": "#C4C4C4", "reads": "#7DB7DE"}  # light enough for black numbers
+
+
+def _cell(ax: Axes, column: int, row: int, colour: str, channels: int, share: float) -> None:
+    corner, width, height = (column - 0.43, row - 0.4), 0.86, 0.8
+    ax.add_patch(Rectangle(corner, width, height, facecolor="white", edgecolor=colour, zorder=2))
+    ax.add_patch(Rectangle(corner, share * width, height, facecolor=colour, linewidth=0, zorder=2))
+    ax.text(column, row, f"{share * channels:.0f}", ha="center", va="center_baseline", fontsize=7, color=BLACK)
 
 
 def probability_trace(trace: ArrayLike, kept: ArrayLike, ax: Axes | None = None) -> Axes:

@@ -6,16 +6,21 @@ across groups says so.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from prunelab.structure.maps import mean_over_maps
+
 if TYPE_CHECKING:
     from prunelab.structure.space import Space
 
 Criterion = Callable[["Space"], Mapping[str, Tensor]]
+
+IMAGES_AT_A_TIME = 100  # a few hundred MB of feature maps at most
 
 
 def l1(space: Space) -> dict[str, Tensor]:
@@ -51,6 +56,31 @@ def bn_scale(space: Space) -> dict[str, Tensor]:
     return {group.name: part for group, part in zip(space.groups, total[:-1].split(space.sizes.tolist()), strict=True)}
 
 
+def feature_rank(images: Tensor) -> Criterion:
+    """Return a criterion that scores channels by the average rank of their feature maps (Lin et al. 2020).
+
+    r_j = 1/g · Σ_t Rank(o_j(I_t)) over g images, in [0, min(H, W)]: how many singular values of the map exceed
+    max(H, W)·ε·σ₁, with the ε of float32. `prunelab.structure.maps` says where the maps are seen. A map of one pixel
+    has rank 0 or 1, and a constant map too: ranks tell nothing there.
+
+    Args:
+        images: normalised, float [g, C, H, W], g >= 1, on the network's device.
+
+    Raises:
+        ValueError: there is no image, or the space is not one of channels.
+    """
+
+    def score(space: Space) -> dict[str, Tensor]:
+        return mean_over_maps(space, map_rank, images.split(IMAGES_AT_A_TIME))
+
+    return score
+
+
+def map_rank(maps: Tensor) -> Tensor:
+    """Return the rank of each map, [..., H, W] -> int64 [...]: see `feature_rank`."""
+    return torch.linalg.matrix_rank(maps.float())
+
+
 def random(seed: int = 0) -> Criterion:
     """Return a criterion that scores every unit uniformly in [0, 1), a control: the same for the same seed."""
 
@@ -59,6 +89,24 @@ def random(seed: int = 0) -> Criterion:
         return {group.name: torch.rand(group.size, generator=generator) for group in space.groups}
 
     return score
+
+
+def proportional(proportions: Mapping[str, float], order: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return scores whose global ranking leaves, at any budget, widths in given proportions to the groups' sizes.
+
+    The k-th best unit of a group of C units with proportion p scores p·C/k, so units go from all groups at the same
+    width over p·C.
+
+    Args:
+        proportions: {group: p > 0}; only their ratios matter. Groups not named stay whole.
+        order: scores that say which units of a group stay, {group: [size]}.
+    """
+    found = {}
+    for group, score in order.items():
+        rank = torch.empty(len(score), dtype=torch.float64)
+        rank[score.argsort(descending=True, stable=True)] = torch.arange(1, len(score) + 1, dtype=torch.float64)
+        found[group] = proportions.get(group, math.inf) * len(score) / rank
+    return found
 
 
 CRITERIA: dict[str, Criterion] = {"l1": l1, "l2": l2, "bn_scale": bn_scale, "random": random()}

@@ -136,12 +136,18 @@ class History:
 
 @dataclass(frozen=True)
 class Context:
-    """What a pruning method is given to work with; `recipe.epochs` is all the effort that follows the dense net."""
+    """What a pruning method is given to work with; `recipe.epochs` is all the effort that follows the dense net.
+
+    initial: the dense net before its training, and dense: how it was trained. Methods that go back to the start need
+    both; they refuse a context without.
+    """
 
     data: Data
     recipe: Recipe
     seed: int
     progress: bool = True
+    initial: nn.Module | None = None
+    dense: Recipe | None = None
 
 
 def fit(

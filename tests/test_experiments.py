@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch import nn
 
 from prunelab import data, experiments
-from prunelab.experiments import EFFORTS, Effort, Experiment, Store, compute, run
-from prunelab.training import Recipe
+from prunelab.experiments import EFFORTS, Effort, Experiment, Store, compute, one_thread, run
+from prunelab.methods import METHODS, Pruned
+from prunelab.structure import Budget, ChannelSpace
+from prunelab.training import Context, Recipe, fit
 
 SPP = Experiment("digits", "convnet-bn", "spp", (("t", 1), ("margin", 0.1)), 0.5, "conv", "smoke", 0)
 
@@ -182,6 +186,33 @@ def test_every_method_spends_the_same_effort_and_meets_the_budget(tiny: None, ex
     assert (found["parameter_count"] < found["dense_parameter_count"]) == (experiment.macs < 1)
     assert found["data_digest"] == images.digest[:16]
     assert Experiment.of(json.loads(json.dumps(found))) == experiment
+
+
+def test_a_method_may_go_back_to_the_start_and_train_as_its_paper_says(
+    tiny: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Context] = []
+
+    @dataclass(frozen=True)
+    class FromScratch:
+        name: ClassVar[str] = "toy-scratch"
+
+        def __call__(self, net: nn.Module, budget: Budget, context: Context) -> Pruned:
+            seen.append(context)
+            assert context.initial is not None and context.dense is not None
+            plan = ChannelSpace(net, context.data.example).plan({})
+            return Pruned(copy.deepcopy(context.initial), plan, recipe=context.dense)
+
+    monkeypatch.setitem(METHODS, FromScratch.name, FromScratch)
+    found = compute(toy("toy-scratch"))
+    (context,) = seen
+    assert context.initial is not None and context.dense == EFFORTS["smoke"].dense
+    assert found["epochs"] == pytest.approx(context.dense.epochs, abs=0.02)
+    # the dense network's training from there gives the dense network
+    with one_thread():
+        fit(context.initial, context.data, context.dense, seed=0, progress=False)
+    dense = experiments.base_network(toy()).state_dict()
+    assert all(torch.equal(tensor, dense[name]) for name, tensor in context.initial.state_dict().items())
 
 
 def test_a_row_is_its_experiments_only_unchanged(tiny: None) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from prunelab.structure import Budget, ChannelSpace, ColumnSpace, Plan, Space
-from prunelab.training import Context
+from prunelab.structure import BlockSpace, Budget, ChannelSpace, ColumnSpace, Plan, RowColumnSpace, Space
+from prunelab.training import Context, Recipe
 
-SPACES: dict[str, type[ChannelSpace] | type[ColumnSpace]] = {"filters": ChannelSpace, "columns": ColumnSpace}
+SPACES: dict[str, Callable[[nn.Module, Tensor], Space]] = {
+    "filters": ChannelSpace,
+    "columns": ColumnSpace,
+    "filters+columns": RowColumnSpace,
+    "blocks": BlockSpace,
+}
 
 
 @dataclass(frozen=True)
@@ -23,12 +28,15 @@ class Pruned:
         plan: what was kept.
         epochs: passes over the training images already spent; the caller fine-tunes with what is left of the effort.
         history: what a reader may want to plot, as the method's docstring says.
+        recipe: how the caller is to train the result, where the method's point is a training of its own (from scratch,
+            at another rate); None: the context's recipe, for the epochs that are left.
     """
 
     net: nn.Module
     plan: Plan
     epochs: float = 0.0
     history: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Recipe | None = None
 
 
 class Method(Protocol):
@@ -42,10 +50,10 @@ class Method(Protocol):
 
 
 def space_of(unit: str, net: nn.Module, example: Tensor) -> Space:
-    """Return the space of a network whose units are "filters" or "columns".
+    """Return the space of a network whose units are those named, a key of `SPACES`.
 
     Raises:
-        ValueError: the unit is neither.
+        ValueError: the unit is unknown; the legal ones are listed.
     """
     if unit not in SPACES:
         raise ValueError(f"unit={unit!r}: legal values are {', '.join(map(repr, SPACES))}")

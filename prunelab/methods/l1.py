@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar, Literal, get_args
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -105,7 +104,7 @@ def deciding_weights(space: Space, group: str) -> Tensor | None:
 
     They are the weights that compute the units, but in a sum of layers those of the 1x1 projections alone.
     """
-    if not isinstance(space, ChannelSpace) or not _is_sum(space, group):
+    if not isinstance(space, ChannelSpace) or not space.is_sum(group):
         return space.unit_weights(group)
     shortcuts = projections(space, group)
     return torch.cat([space.filters(axis, group) for axis in shortcuts], dim=1) if shortcuts else None
@@ -123,11 +122,6 @@ def projections(space: ChannelSpace, group: str) -> list[Axis]:
     ]
 
 
-def _is_sum(space: ChannelSpace, group: str) -> bool:
-    additions = [tie.first for tie in space.coupling.ties if tie.why in ("add", "add_", "iadd")]
-    return any(np.isin(units, space.units(group)).any() for units in additions)
-
-
 def _stays(ratio: float) -> Fraction:
     return 1 - Fraction(str(ratio))
 
@@ -136,9 +130,9 @@ def _check(space: Space, plan: Plan, budget: Budget) -> None:
     for group, width in plan.widths.items():
         if width < plan.sizes[group] and deciding_weights(space, group) is None:
             raise ValueError(f"l1: ratios[{group!r}] must be 0: with an identity shortcut, the sum stays whole")
-    kept = space.macs(plan, budget.scope) / space.macs(scope=budget.scope)
-    if kept > budget.macs:
-        raise ValueError(f"l1: ratios keep {kept:.4f} of the MACs ({budget.scope}); the budget is {budget.macs}")
+    kept = space.spent(budget)(space.widths(plan))
+    if kept > budget.fraction:
+        raise ValueError(f"l1: ratios keep {kept:.4f} of the {budget.what}; the budget is {budget.fraction}")
 
 
 # -- choosing the ratios ----------------------------------------------------------------------------------------------

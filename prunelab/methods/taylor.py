@@ -155,8 +155,8 @@ class _Removal(Hook):
         done, since = divmod(state.step + 1, self.updates)
         if since == 0:
             scores = ranking(self.space, self.theta.take(), self.plan, self.method.flops_regularisation)
-            macs = self.budget.macs + (1 - self.budget.macs) * (self.rounds - done) / self.rounds
-            self.plan = self.space.plan_for(scores, Budget(macs, self.budget.scope), ranking="global")
+            fraction = self.budget.fraction + (1 - self.budget.fraction) * (self.rounds - done) / self.rounds
+            self.plan = self.space.plan_for(scores, self.budget.at(fraction), ranking="global")
             self.widths.append(dict(self.plan.widths))
         self.space.apply_gates(state.net, self.space.gates(self.plan))
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,6 +16,18 @@ from torch import Tensor, nn
 from prunelab.structure.graph import Axis, Coupling, Ids, couple
 from prunelab.structure.plan import Plan
 from prunelab.structure.space import Cost, Group, Ints, Space
+
+
+@dataclass(frozen=True)
+class Place:
+    """A layer, and how many channels of each group it writes (output side), reads (input side) or lets through.
+
+    Through go batch norm, depthwise and grouped convolutions and scales: they keep channel i apart from the others.
+    """
+
+    layer: str
+    role: Literal["writes", "through", "reads"]
+    channels: Ints  # [groups]
 
 
 class ChannelSpace(Space):
@@ -33,6 +47,7 @@ class ChannelSpace(Space):
     kind = "channels"
 
     def __init__(self, net: nn.Module, example: Tensor) -> None:
+        self.example = example
         self.coupling = couple(net, example)
         groups = [Group(n, int(s)) for n, s in zip(self.coupling.names, self.coupling.sizes, strict=True)]
         super().__init__(net, groups, _cost(self.coupling))
@@ -65,12 +80,56 @@ class ChannelSpace(Space):
         weight = self.net.get_submodule(axis.module).get_parameter(axis.tensor).detach()
         return weight[torch.from_numpy(rows)].reshape(len(units), -1)
 
+    def is_sum(self, group: str) -> bool:
+        """Return whether a group is a residual stream: the outputs of several layers, added."""
+        additions = [tie.first for tie in self.coupling.ties if tie.why in ("add", "add_", "iadd")]
+        return any(np.isin(ids, self.units(group)).any() for ids in additions)
+
     def units(self, group: str) -> range:
         """Return the numbers of a group's units."""
         self._known({group: None})
         index = self._index[group]
         last = int(self.sizes[: index + 1].sum())
         return range(last - int(self.sizes[index]), last)
+
+    def places(self) -> list[Place]:
+        """List where channels that can be removed are, layers in the order in which they run."""
+        axes = self.coupling.axes
+        writers = {axis.module for axis in axes if axis.role == "out"}
+        grouped = {count.module for count in self.coupling.counts if count.attribute == "groups"}
+        found: dict[tuple[str, str], Place] = {}
+        for axis in axes:
+            if axis.role == "channel" and axis.module in writers:
+                continue  # the bias of what writes
+            inner = any(self.net.get_submodule(axis.module).children())  # a parameter beside layers, not a layer's own
+            layer = axis.name if inner else axis.module
+            through = axis.role == "channel" or axis.module in grouped
+            role: Literal["writes", "through", "reads"]
+            role = "through" if through else "writes" if axis.role == "out" else "reads"
+            channels = np.bincount(self._group_of[axis.units[axis.units >= 0]], minlength=len(self.groups))
+            if channels.any():
+                found.setdefault((layer, role), Place(layer, role, channels))
+        return list(found.values())
+
+    def _connections(self) -> dict[str, list[str]]:
+        """Say of each group which layers write it, pass it through and read it, and what ties its parts together."""
+        places, groups = self.places(), range(len(self.groups))
+        columns = {
+            column: [", ".join(p.layer for p in places if p.role == role and p.channels[g]) for g in groups]
+            for column, role in (("written_by", "writes"), ("through", "through"), ("read_by", "reads"))
+        }
+        tied: list[dict[str, dict[str, None]]] = [defaultdict(dict) for _ in groups]  # operation -> modules, in order
+        for tie in self.coupling.ties:
+            for group in np.unique(self._group_of[tie.first[tie.first >= 0]]):
+                tied[group][tie.why][tie.where] = None
+        return columns | {
+            "tied_by": [
+                "; ".join(
+                    f"{why} at {', '.join(filter(None, where))}".removesuffix(" at ") for why, where in by.items()
+                )
+                for by in tied
+            ]
+        }
 
     def shrink(self, plan: Plan) -> nn.Module:
         """Return a smaller network of the same classes: every tensor cut along its axes, every width attribute set.
@@ -92,11 +151,12 @@ class ChannelSpace(Space):
 
     def cut(self, plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Keep, along every axis of each tensor, what the plan keeps."""
-        kept, found = self._kept(plan), dict(tensors)
-        for axis in sorted(self.coupling.axes, key=lambda axis: axis.dim):  # whole filters first: rows copy fastest
-            if axis.name in found and not (stays := kept[axis.units]).all():
-                found[axis.name] = _select(found[axis.name], axis.dim, np.flatnonzero(stays))
-        return found
+        kept = self._kept(plan)
+        positions: dict[str, dict[int, Ints]] = defaultdict(dict)
+        for axis in self.coupling.axes:
+            if axis.name in tensors and not (stays := kept[axis.units]).all():
+                positions[axis.name][axis.dim] = np.flatnonzero(stays)
+        return {n: _select(t, positions[n]) if n in positions else t for n, t in tensors.items()}
 
     def _kept(self, plan: Plan) -> NDArray[np.bool_]:
         """Return, by unit number, whether a unit stays; -1, which finds the last entry, does."""
@@ -107,11 +167,26 @@ class ChannelSpace(Space):
         return tensor
 
 
-def _select(tensor: Tensor, dim: int, positions: Ints) -> Tensor:
-    if tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64):
-        # several times as fast as index_select
-        return torch.from_numpy(np.take(tensor.detach().numpy(), positions, dim))
-    return tensor.index_select(dim, torch.from_numpy(positions).to(tensor.device))
+def _select(tensor: Tensor, positions: Mapping[int, Ints]) -> Tensor:
+    """Keep some positions along one dimension, or along the first and another."""
+    if tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.float64):
+        for dim, kept in positions.items():
+            tensor = tensor.index_select(dim, torch.from_numpy(kept).to(tensor.device))
+        return tensor
+    values = tensor.detach().numpy()  # NumPy takes several times as fast as index_select
+    *first, (dim, kept) = sorted(positions.items())
+    if not first:
+        return torch.from_numpy(np.take(values, kept, dim))
+    rows = first[0][1]
+    small = np.empty([len(rows), *values.shape[1:dim], len(kept), *values.shape[dim + 1 :]], values.dtype)
+    at_once = max(1, _CACHED // values[0].size)  # rows that stay in the cache, and never a second large tensor
+    for start in range(0, len(rows), at_once):
+        some = slice(start, start + at_once)
+        np.take(values[rows[some]], kept, dim, out=small[some], mode="clip")  # "clip" writes to `out` unbuffered
+    return torch.from_numpy(small)
+
+
+_CACHED = 2**18  # numbers
 
 
 def _cost(coupling: Coupling) -> Cost:

@@ -32,6 +32,7 @@ class ColumnSpace(Space):
     kind = "columns"
 
     def __init__(self, net: nn.Module, example: Tensor) -> None:
+        self.example = example
         products = couple(net, example).products
         self.convolutions = {
             p.module: conv

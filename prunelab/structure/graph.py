@@ -20,7 +20,7 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -30,7 +30,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx, nn
 
-from prunelab.layers import ZeroPadChannels
+from prunelab.layers import AddConstant, ChannelSelection, ZeroPadChannels
 
 Ids = NDArray[np.int64]
 Role = Literal["out", "in", "channel"]
@@ -41,19 +41,16 @@ class Axis:
     """One dimension of one tensor of the network, and the unit that each position along it belongs to.
 
     `units` holds a unit number per position, -1 where the position is never removed. `role` is "out" for the filters of
-    a layer, "in" for what it reads, "channel" for one value per channel (batch norm, bias).
+    a layer, "in" for what it reads, "channel" for one value per channel (batch norm, bias). Where several modules share
+    the tensor, `module` is the first that runs, and `name` is what `named_parameters` or `named_buffers` calls it.
     """
 
     module: str
     tensor: str
+    name: str
     dim: int
     role: Role
     units: Ids
-
-    @property
-    def name(self) -> str:
-        """The tensor's name in the network's state dict."""
-        return f"{self.module}.{self.tensor}" if self.module else self.tensor
 
 
 @dataclass(frozen=True)
@@ -83,10 +80,10 @@ class Product:
 
 @dataclass(frozen=True)
 class Tie:
-    """Two sets of units made one by the operation `why` at the graph node `node`."""
+    """Two sets of units made one by the operation `why` in the module `where`."""
 
-    node: str
     why: str
+    where: str
     first: Ids
     second: Ids
 
@@ -125,6 +122,9 @@ class UntraceableError(TypeError):
 def couple(net: nn.Module, example: Tensor) -> Coupling:
     """Trace `net` and find the groups of channels that can be removed.
 
+    What the network computes in evaluation mode decides. Where layers run only in training, such as auxiliary heads,
+    the training graph is followed too: they are cut where they read removed channels, and keep their own.
+
     Args:
         net: any convolutional network whose forward torch.fx can trace; it is not changed.
         example: an input, float [N, C, H, W]; only its shape matters.
@@ -136,31 +136,43 @@ def couple(net: nn.Module, example: Tensor) -> Coupling:
     if example.dim() < 2:
         raise ValueError(f"the example must be a batch of images, float [N, C, H, W], got shape {tuple(example.shape)}")
     root = copy.copy(net)  # where torch.fx puts the constants that it meets
-    with _evaluating(net):
-        tracer = _Tracer()
-        try:
-            graph = tracer.trace(root)
-        except Exception as error:
-            raise UntraceableError(
-                f"{type(net).__name__} cannot be traced: module {tracer.where!r} "
-                f"({type(tracer.inside).__name__}) has a forward that depends on values ({error})"
-            ) from error
-        labeller = _Labeller(root, graph)
-        labeller.example = f"{example.dtype} of shape {tuple(example.shape)}"
-        labeller.run(torch.empty((1, *example.shape[1:]), dtype=example.dtype, device="meta"))
+    with _modes_restored(net):
+        labeller = _Labeller(root, example)
+        evaluation = _trace(root.eval())
+        labeller.evaluate(evaluation)
+        if not _reads_all(root, evaluation):
+            labeller.train(_trace(root.train()))
     return labeller.coupling()
 
 
 @contextmanager
-def _evaluating(net: nn.Module) -> Iterator[None]:
-    """Put every module in evaluation mode, and each back in its own afterwards."""
-    training = [module for module in net.modules() if module.training]
-    net.eval()
+def _modes_restored(net: nn.Module) -> Iterator[None]:
+    """Put every module back in its own mode afterwards."""
+    modes = {module: module.training for module in net.modules()}
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, training in modes.items():
+            module.training = training
+
+
+def _trace(net: nn.Module) -> fx.Graph:
+    tracer = _Tracer()
+    try:
+        return tracer.trace(net)
+    except Exception as error:
+        raise UntraceableError(
+            f"{type(net).__name__} cannot be traced: module {tracer.where!r} "
+            f"({type(tracer.inside).__name__}) has a forward that depends on values ({error})"
+        ) from error
+
+
+def _reads_all(net: nn.Module, graph: fx.Graph) -> bool:
+    """Whether all parameters of the network take part."""
+    layers = (net.get_submodule(str(n.target)) for n in graph.nodes if n.op == "call_module")
+    own = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
+    read = {id(p) for layer in layers for p in layer.parameters()}
+    return all(id(p) in read or name in own for name, p in net.named_parameters(remove_duplicate=False))
 
 
 class _Tracer(fx.Tracer):
@@ -197,13 +209,29 @@ class _Found:
 class _Labeller(fx.Interpreter):
     """Runs a traced graph on the meta device, carrying channel ids beside the tensors."""
 
-    def __init__(self, net: nn.Module, graph: fx.Graph) -> None:
-        super().__init__(net, garbage_collect_values=False, graph=graph)
+    def __init__(self, net: nn.Module, example: Tensor) -> None:
+        super().__init__(net, garbage_collect_values=False, graph=fx.Graph())
         self.extra_traceback = False  # the message of an error says which node it is about
-        self.example = ""
+        self.example = example
         self.found = _Found()
+        self.image = self.fresh(example.shape[1])
         self.channels: dict[fx.Node, Any] = {}  # Channels, or a tuple of them for chunk and split
-        self.meta = {id(tensor): tensor.detach().to("meta") for tensor in (*net.parameters(), *net.buffers())}
+        tensors = {id(tensor): (name, tensor) for name, tensor in (*net.named_parameters(), *net.named_buffers())}
+        self.names = {key: name for key, (name, _) in tensors.items()}
+        self.meta = {key: tensor.detach().to("meta") for key, (_, tensor) in tensors.items()}
+
+    def evaluate(self, graph: fx.Graph) -> None:
+        """Run a graph."""
+        self.graph = graph
+        self.run(torch.empty((1, *self.example.shape[1:]), dtype=self.example.dtype, device="meta"))
+
+    def train(self, graph: fx.Graph) -> None:
+        """Run the training graph after that of evaluation: what only it has costs nothing, and is not removed."""
+        evaluation = self.found
+        self.found = replace(evaluation, products=[], norms={})
+        self.evaluate(graph)
+        self.pin(np.arange(evaluation.ids, self.found.ids))
+        self.found = replace(self.found, products=evaluation.products, norms=evaluation.norms)
 
     # -- what the handlers below use -------------------------------------------------------------------------------
 
@@ -214,7 +242,7 @@ class _Labeller(fx.Interpreter):
 
     def tie(self, why: str, first: Ids, second: Ids) -> None:
         """Let first[i] and second[i] share their fate."""
-        self.found.ties.append(Tie(self.node.name, why, first, second))
+        self.found.ties.append(Tie(why, self.where()[0], first, second))
 
     def pin(self, ids: Ids) -> None:
         """Never remove these."""
@@ -229,18 +257,19 @@ class _Labeller(fx.Interpreter):
             raise self.refuse(
                 f"module {module!r} reads {len(ids)} channels, but its {tensor!r} has {values.shape[dim]}"
             )
-        known = self.found.axes.setdefault((id(values), dim), Axis(module, tensor, dim, role, ids))
-        if known.units is not ids:
+        new = Axis(module, tensor, self.names[id(values)], dim, role, ids)
+        known = self.found.axes.setdefault((id(values), dim), new)
+        if not np.array_equal(known.units, ids):
             self.tie("shared weights", known.units, ids)
 
-    def written(self, module: nn.Module, count: int) -> Ids:
+    def written(self, module: nn.Module, tensor: str, count: int) -> Ids:
         """Return the ids of the channels that a layer writes: new ones the first time it is called."""
-        known = self.found.axes.get((id(module.weight), 0))
+        known = self.found.axes.get((id(getattr(module, tensor)), 0))
         return known.units if known else self.fresh(count)
 
-    def count(self, module: str, attribute: str, ids: Ids, per: int = 1) -> None:
-        """Say that a module's attribute counts these channels."""
-        self.found.counts.setdefault((module, attribute), Count(module, attribute, ids, per))
+    def count(self, module: str, attribute: str, ids: Ids, per: int = 1) -> Ids:
+        """Say that a module's attribute counts these channels; return those of its first call."""
+        return self.found.counts.setdefault((module, attribute), Count(module, attribute, ids, per)).units
 
     def source(self, n: fx.Node, dim: int | None = None) -> Channels:
         """Return the channels of a node's input; with `dim`, refuse unless they lie along that dimension."""
@@ -252,9 +281,13 @@ class _Labeller(fx.Interpreter):
             raise self.refuse(f"{_name(n)!r} works along dimension {dim}, the channels are in dimension {channels.dim}")
         return channels
 
+    def where(self) -> tuple[str, Any]:
+        """Return the path and the class of the module that the node at hand belongs to."""
+        return next(reversed(self.node.meta.get("nn_module_stack", {"": ("", type(self.module))}).values()))
+
     def refuse(self, what: str) -> UntraceableError:
         """Return the error that says what cannot be cut, and where."""
-        path, kind = next(reversed(self.node.meta.get("nn_module_stack", {"": ("", type(self.module))}).values()))
+        path, kind = self.where()
         module = f"{path!r} of type {getattr(kind, '__name__', kind)}"
         return UntraceableError(
             f"cannot cut this network safely: {what} (at {self.node.name!r} in module {module}). Leave that part "
@@ -270,7 +303,8 @@ class _Labeller(fx.Interpreter):
             value = super().run_node(n)
         except Exception as error:
             raise ValueError(
-                f"the network does not accept an input like the example, {self.example}: {_name(n)!r} says {error}"
+                f"the network does not accept an input like the example, {self.example.dtype} of shape "
+                f"{tuple(self.example.shape)}: {_name(n)!r} says {error}"
             ) from None
         self.env[n] = value
         self.channels[n] = self._channels_of(n, value)
@@ -291,9 +325,8 @@ class _Labeller(fx.Interpreter):
 
     def _channels_of(self, n: fx.Node, value: Any) -> Any:
         if n.op == "placeholder":
-            ids = self.fresh(value.shape[1])
-            self.pin(ids)
-            return Channels(ids, 1)
+            self.pin(self.image)
+            return Channels(self.image, 1)
         if n.op == "get_attr":
             return self._parameter(str(n.target), value)
         if n.op == "output":
@@ -306,6 +339,8 @@ class _Labeller(fx.Interpreter):
             if handler is None:
                 raise self.refuse(f"module {n.target!r} of type {type(module).__name__} is not known to prunelab")
             return handler(self, n, module, value)
+        if isinstance(n.target, type) and issubclass(n.target, tuple):  # a named tuple, of several outputs
+            return tuple(self.channels.get(part) for part in n.args if isinstance(part, fx.Node))
         tensors = value if isinstance(value, tuple | list) else (value,)
         carried = any(self.channels.get(source) is not None for source in n.all_input_nodes)
         if not carried or not all(isinstance(tensor, Tensor) for tensor in tensors):
@@ -379,13 +414,13 @@ class _Labeller(fx.Interpreter):
         return Coupling(
             names=tuple(names),
             sizes=np.array([len(units) for units in groups.values()], dtype=np.int64),
-            axes=[Axis(a.module, a.tensor, a.dim, a.role, numbered(a.units)) for a in found.axes.values()],
-            counts=[Count(c.module, c.attribute, numbered(c.units), c.per) for c in found.counts.values()],
+            axes=[replace(a, units=numbered(a.units)) for a in found.axes.values()],
+            counts=[replace(c, units=numbered(c.units)) for c in found.counts.values()],
             products=[
-                Product(p.module, p.kind, p.macs, None if p.reads is None else numbered(p.reads), numbered(p.writes))
+                replace(p, reads=None if p.reads is None else numbered(p.reads), writes=numbered(p.writes))
                 for p in found.products
             ],
-            ties=[Tie(t.node, t.why, numbered(t.first), numbered(t.second)) for t in found.ties],
+            ties=[replace(t, first=numbered(t.first), second=numbered(t.second)) for t in found.ties],
             norms=found.norms,
         )
 
@@ -396,7 +431,7 @@ class _Labeller(fx.Interpreter):
 def _conv(run: _Labeller, n: fx.Node, conv: nn.Module, value: Tensor) -> Channels:
     assert isinstance(conv, nn.Conv2d)
     name, read = str(n.target), run.source(n, -3).ids
-    written = run.written(conv, conv.out_channels)
+    written = run.written(conv, "weight", conv.out_channels)
     positions = math.prod(value.shape[-2:]) * math.prod(conv.kernel_size)
     if conv.groups == 1:
         run.axis(name, "weight", 1, "in", read)
@@ -404,7 +439,8 @@ def _conv(run: _Labeller, n: fx.Node, conv: nn.Module, value: Tensor) -> Channel
     else:
         reads, writes = read.reshape(conv.groups, -1), written.reshape(conv.groups, -1)
         together = np.concatenate([reads, writes], axis=1)
-        run.tie("grouped convolution", together[:, :-1].ravel(), together[:, 1:].ravel())
+        why = "depthwise convolution" if reads.shape[1] == 1 else "grouped convolution"
+        run.tie(why, together[:, :-1].ravel(), together[:, 1:].ravel())
         run.count(name, "groups", written, per=writes.shape[1])
         run.found.products.append(Product(name, "conv", positions * reads.shape[1], None, written))
     run.count(name, "in_channels", read)
@@ -414,7 +450,7 @@ def _conv(run: _Labeller, n: fx.Node, conv: nn.Module, value: Tensor) -> Channel
 def _linear(run: _Labeller, n: fx.Node, linear: nn.Module, value: Tensor) -> Channels:
     assert isinstance(linear, nn.Linear)
     name, read = str(n.target), run.source(n, -1).ids
-    written = run.written(linear, linear.out_features)
+    written = run.written(linear, "weight", linear.out_features)
     run.axis(name, "weight", 1, "in", read)
     run.found.products.append(Product(name, "linear", math.prod(value.shape[1:-1]), read, written))
     run.count(name, "in_features", read)
@@ -465,12 +501,24 @@ def _unflatten(run: _Labeller, n: fx.Node, module: nn.Module, value: Tensor) -> 
     return _shape_module(run, n, module, value)
 
 
+def _add_constant(run: _Labeller, n: fx.Node, module: nn.Module, value: Tensor) -> Channels:
+    channels = run.source(n, 1)
+    run.axis(str(n.target), "value", 0, "channel", channels.ids)
+    return channels
+
+
 def _zero_pad(run: _Labeller, n: fx.Node, pad: nn.Module, value: Tensor) -> Channels:
     assert isinstance(pad, ZeroPadChannels)
-    before, after = run.fresh(pad.before), run.fresh(pad.after)
-    run.count(str(n.target), "before", before)
-    run.count(str(n.target), "after", after)
+    before = run.count(str(n.target), "before", run.fresh(pad.before))
+    after = run.count(str(n.target), "after", run.fresh(pad.after))
     return Channels(np.concatenate([before, run.source(n, 1).ids, after]), 1)
+
+
+def _selection(run: _Labeller, n: fx.Node, selection: nn.Module, value: Tensor) -> Channels:
+    run.pin(run.source(n, 1).ids)  # what passes is given by its place in the whole stream
+    passed = run.written(selection, "kept", value.shape[1])
+    run.axis(str(n.target), "kept", 0, "out", passed)
+    return Channels(passed, 1)
 
 
 _ELEMENTWISE_MODULES = (
@@ -485,6 +533,8 @@ _MODULES: dict[type[nn.Module], Callable[[_Labeller, fx.Node, nn.Module, Any], C
     nn.Linear: _linear,
     nn.modules.batchnorm._BatchNorm: _batch_norm,
     ZeroPadChannels: _zero_pad,
+    ChannelSelection: _selection,
+    AddConstant: _add_constant,
     nn.Flatten: _shape_module,
     nn.Unflatten: _unflatten,
     **dict.fromkeys(_ACROSS_CHANNELS, _across_channels),
@@ -631,15 +681,21 @@ def _read_off(run: _Labeller, ids: Tensor) -> Channels:
 
 
 def _name(n: fx.Node) -> str:
-    return getattr(n.target, "__name__", str(n.target))
+    """A module's path, or an operation's name: the same for `a + b`, `a += b` and `a.add_(b)`."""
+    if n.op == "call_module":
+        return str(n.target)
+    name = getattr(n.target, "__name__", str(n.target)).removesuffix("_")
+    return name.removeprefix("i") if n.target in _IN_PLACE else name
 
 
-# Functions and methods by name. In-place names are listed where torchvision uses them.
+_IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
+
+# Functions and methods by name.
 _FUNCTIONS: dict[str, Callable[[_Labeller, fx.Node, Any], Any]] = {
     **dict.fromkeys(
         (
-            "add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "iadd", "isub", "imul", "truediv", "neg", "abs",
-            "exp", "sqrt", "rsqrt", "square", "pow", "clamp", "relu", "relu_", "relu6", "leaky_relu", "elu", "gelu",
+            "add", "sub", "mul", "div", "truediv", "neg", "abs", "exp", "sqrt", "rsqrt", "square", "pow", "clamp",
+            "relu", "relu6", "leaky_relu", "elu", "gelu",
             "silu", "mish", "sigmoid", "tanh", "softplus", "hardswish", "hardsigmoid", "hardtanh", "dropout",
             "dropout2d", "stochastic_depth", "maximum", "minimum", "clone", "contiguous", "float", "double",
             "to", "type_as", "detach",

@@ -20,7 +20,8 @@ class Plan:
     Attributes:
         space: what the units are, "channels" or "columns".
         sizes: units per group before the cut.
-        keep: sorted indices of the units that stay, at least one per group, in [0, size).
+        keep: sorted indices of the units that stay, in [0, size); at least one per group, but a group of a single unit
+            may be gone as a whole where its space allows it.
     """
 
     space: str
@@ -33,7 +34,7 @@ class Plan:
             raise ValueError(f"a plan keeps units of every group it has a size for: {odd} appear on one side only")
         for name, size in self.sizes.items():
             kept = self.keep[name]
-            if not kept or list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= size:
+            if (not kept and size > 1) or list(kept) != sorted(set(kept).intersection(range(size))):
                 legal = f"kept indices must be sorted, distinct, at least one, in [0, {size})"
                 raise ValueError(f"plan, group {name!r}: {legal}; got {kept}")
 

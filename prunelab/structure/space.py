@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property
 from numbers import Integral
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from prunelab import cost
 from prunelab import scores as criteria
 from prunelab.structure.plan import Plan
 
@@ -28,26 +32,70 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Group:
-    """Units of one kind in one place, ranked against each other; at least one of them always stays."""
+    """Units of one kind in one place, ranked against each other; at least `least` of them always stay."""
 
     name: str
     size: int
+    least: int = 1
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The fraction of the dense network's multiply-adds that may stay, in (0, 1].
+    """The fraction of the dense network that may stay, in (0, 1]: of its MACs, its parameters or its measured latency.
 
-    `scope` says which are counted: "all" convolution and linear layers, or "conv" alone, as SPP, SSL and He et al. do.
+    Exactly one of the three is given. A method that does not care which reads `fraction`, asks for another fraction of
+    the same cost with `at`, and leaves what a network has spent of it to `Space.spent`.
+
+    Attributes:
+        macs: of the multiply-adds.
+        scope: which multiply-adds are counted, "all" convolution and linear layers, or "conv" alone, as SPP, SSL and He
+            et al. do.
+        parameters: of the number of parameters.
+        latency: of the median time of a forward pass, on this machine, at the space's example.
+
+    Raises:
+        ValueError: none or several are given, a fraction is outside (0, 1], or the scope is not legal.
     """
 
-    macs: float
+    macs: float | None = None
     scope: Scope = "all"
+    parameters: float | None = None
+    latency: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.macs <= 1:
-            raise ValueError(f"budget macs={self.macs}: the fraction of MACs to keep must be in (0, 1]")
+        given = {name: getattr(self, name) for name in _COSTS if getattr(self, name) is not None}
+        if len(given) != 1:
+            raise ValueError(f"a budget is one of {', '.join(_COSTS)}: got {given or 'none'}")
+        if not 0 < self.fraction <= 1:
+            what = _COSTS[self.cost]
+            raise ValueError(f"budget {self.cost}={self.fraction}: the fraction of {what} to keep must be in (0, 1]")
         check_scope(self.scope)
+        if self.macs is None and self.scope != "all":
+            raise ValueError(f"scope={self.scope!r} says which MACs are counted: the budget is of {self.cost}")
+
+    @property
+    def cost(self) -> str:
+        """Which cost is limited: "macs", "parameters" or "latency"."""
+        return next(name for name in _COSTS if getattr(self, name) is not None)
+
+    @property
+    def fraction(self) -> float:
+        """The fraction of that cost that may stay."""
+        fraction: float = getattr(self, self.cost)
+        return fraction
+
+    @property
+    def what(self) -> str:
+        """The cost in words, for messages."""
+        return f"{_COSTS[self.cost]} ({self.scope})" if self.macs is not None else _COSTS[self.cost]
+
+    def at(self, fraction: float) -> Budget:
+        """Return the budget of the same cost at another fraction."""
+        changed: dict[str, Any] = {self.cost: fraction}
+        return replace(self, **changed)
+
+
+_COSTS = {"macs": "MACs", "parameters": "parameters", "latency": "latency"}
 
 
 def check_scope(scope: str) -> None:
@@ -75,9 +123,11 @@ def kept_count(size: int, share: Share) -> int:
 
 @dataclass(frozen=True)
 class Cost:
-    """Multiply-adds as a closed form of the group widths w: sum over layers of c · (R·w + r) · (W·w + s).
+    """A cost as a closed form of the group widths w: the sum over its rows of c · (R·w + r) · (W·w + s).
 
-    R·w + r is how many channels a layer reads, W·w + s how many it writes; c is the arithmetic per pair.
+    Multiply-adds have a row per layer: R·w + r is how many channels it reads, W·w + s how many it writes, and c is the
+    arithmetic per pair. Parameters have a row per tensor, with its two lengths that change; c is the product of the
+    others.
     """
 
     per_pair: Ints  # [layers]
@@ -88,7 +138,7 @@ class Cost:
     conv: NDArray[np.bool_]  # [layers]
 
     def __call__(self, widths: Ints, scope: Scope = "all") -> Ints:
-        """Return the MACs of one plan, widths [groups], or of many at once, widths [plans, groups]."""
+        """Return the cost of one plan, widths [groups], or of many at once, widths [plans, groups]."""
         per_pair = self.per_pair if scope == "all" else self.per_pair * self.conv
         reads = widths @ self.reads.T + self.reads_fixed
         writes = widths @ self.writes.T + self.writes_fixed
@@ -108,6 +158,7 @@ class Space(ABC):
     """
 
     kind: str  # the name of the space in a saved plan
+    example: Tensor  # the input at which latency is measured
 
     def __init__(self, net: nn.Module, groups: Sequence[Group], cost: Cost) -> None:
         if not groups:
@@ -176,11 +227,7 @@ class Space(ABC):
             widths = self._widths_within(target, scores, ranking)
         else:
             widths = self._widths_from(target)
-        keep = {}
-        for group, width in zip(self.groups, widths, strict=True):
-            best = torch.argsort(scores[group.name], descending=True, stable=True)[: int(width)]
-            keep[group.name] = tuple(sorted(best.tolist()))
-        return self.plan(keep)
+        return self._best(scores, widths)
 
     def plan(self, keep: Mapping[str, Sequence[int]]) -> Plan:
         """Return the plan that keeps the given indices; groups not named stay whole."""
@@ -195,8 +242,46 @@ class Space(ABC):
     def macs(self, plan: Plan | Mapping[str, int] | None = None, scope: Scope = "all") -> int:
         """Return the MACs of the cut network in closed form; of the dense one without a plan."""
         check_scope(scope)
-        widths = self.sizes if plan is None else self.widths(plan)
-        return int(self.cost(widths, scope))
+        return int(self.cost(self.sizes if plan is None else self.widths(plan), scope))
+
+    def parameters(self, plan: Plan | Mapping[str, int] | None = None) -> int:
+        """Return the parameters of the cut network in closed form; of the dense one without a plan."""
+        return int(self.parameter_cost(self.sizes if plan is None else self.widths(plan)))
+
+    def spent(self, budget: Budget, scores: Scores | None = None) -> Callable[[Ints], float]:
+        """Return the function of widths, int64 [groups], that gives the fraction of the budget's cost that they keep.
+
+        MACs and parameters have a closed form. Latency is measured at every call: of the cut and the dense network,
+        turn by turn, at the space's example (its batch) with the present number of threads, the ratio of the medians.
+
+        Args:
+            budget: its fraction is not used.
+            scores: whose best units are meant, as what is kept may matter to latency; by default the first ones.
+        """
+        ranked = scores or {group.name: torch.zeros(group.size) for group in self.groups}
+        measures: dict[str, Callable[[Ints], float]] = {
+            "macs": lambda widths: float(self.cost(widths, budget.scope) / self.macs(scope=budget.scope)),
+            "parameters": lambda widths: float(self.parameter_cost(widths) / self.parameters()),
+            "latency": lambda widths: self._latency(self._best(ranked, widths)),
+        }
+        return measures[budget.cost]
+
+    @cached_property
+    def parameter_cost(self) -> Cost:
+        """The number of parameters, as a closed form."""
+        owned, groups = self.owned(self.net), len(self.groups)
+        group_of = np.append(self._group_of, groups)  # unit -1 belongs to the fixed column, the last
+        lengths = np.zeros((2, len(owned) + 1, groups + 1), dtype=np.int64)
+        lengths[:, :, groups] = 1
+        per_pair = np.array([parameter.numel() for parameter, _ in owned] + [0], dtype=np.int64)
+        per_pair[-1] = cost.parameters(self.net) - per_pair.sum()  # what no unit owns a part of
+        for row, (_, owners) in enumerate(owned):
+            for axis, units in enumerate(owners):
+                lengths[axis, row] = np.bincount(group_of[units.flatten()], minlength=groups + 1)
+                per_pair[row] //= units.numel()
+        lengths //= np.append(self.sizes, 1)
+        (reads, writes), fixed = lengths[:, :, :groups], lengths[:, :, groups]
+        return Cost(per_pair, reads, fixed[0], writes, fixed[1], conv=np.zeros(len(per_pair), dtype=np.bool_))
 
     def widths(self, plan: Plan | Mapping[str, int]) -> Ints:
         """Return units kept per group, int64 [groups], in the order of `groups`."""
@@ -206,11 +291,41 @@ class Space(ABC):
         self._known(plan)
         return np.array([plan.get(group.name, group.size) for group in self.groups], dtype=np.int64)
 
+    def describe(self, plan: Plan | None = None) -> pd.DataFrame:
+        """Return one row per group: what it is, what one unit of it costs, and what a plan removes.
+
+        Columns: group; size; of channels also written_by, through, read_by (layers) and tied_by (operations and the
+        modules that they are in); macs_per_unit, the MACs saved by removing one unit alone, from those that write it
+        and those that read it; with a plan kept, removed (counts) and removed_units (indices).
+
+        Raises:
+            ValueError: the plan is not one of this space's.
+        """
+        one_less = self.sizes - np.eye(len(self.groups), dtype=np.int64)
+        table = {
+            "group": [group.name for group in self.groups],
+            "size": self.sizes,
+            **self._connections(),
+            "macs_per_unit": self.macs() - self.cost(one_less),
+        }
+        if plan is not None:
+            kept = self.widths(plan)
+            table |= {"kept": kept, "removed": self.sizes - kept}
+            table["removed_units"] = [sorted({*range(g.size)} - {*plan.keep[g.name]}) for g in self.groups]
+        return pd.DataFrame(table)
+
+    def _connections(self) -> dict[str, list[str]]:
+        """Return columns for `describe`: where in the network each group is."""
+        return {}
+
     def check(self, plan: Plan) -> None:
         """Raise ValueError unless the plan was made for a space like this one."""
         if plan.space != self.kind or plan.sizes != self._sizes:
             ours = ", ".join(f"{name}: {size}" for name, size in self._sizes.items())
             raise ValueError(f"{plan} does not fit this network, which has {self.kind} {{{ours}}}")
+        for group in self.groups:
+            if len(plan.keep[group.name]) < group.least:
+                raise ValueError(f"{plan} keeps too little: {group.least} of group {group.name!r} must stay")
 
     # -- masks ------------------------------------------------------------------------------------------------------
 
@@ -220,7 +335,7 @@ class Space(ABC):
         gates = torch.zeros(int(self.sizes.sum()))
         offset = 0
         for group in self.groups:
-            gates[torch.tensor(plan.keep[group.name]) + offset] = 1.0
+            gates[torch.tensor(plan.keep[group.name], dtype=torch.int64) + offset] = 1.0
             offset += group.size
         return gates
 
@@ -242,8 +357,9 @@ class Space(ABC):
     def carry(self, plan: Plan, optimizer: Optimizer, small: nn.Module) -> Optimizer:
         """Return an optimiser that goes on with the shrunk network where the old one stopped.
 
-        Everything it remembers of a parameter (momentum, second moments) is cut as the parameter was. The old optimiser
-        still holds the old tensors: stepping it would train a network that nobody uses, and is an error from now on.
+        Everything it remembers of a parameter (momentum, second moments) is cut as the parameter was, and gone where
+        that is. The old optimiser still holds the old tensors: stepping it would train a network that nobody uses, and
+        is an error from now on.
 
         Args:
             plan: what was kept.
@@ -259,13 +375,23 @@ class Space(ABC):
         if any(id(parameter) not in names for parameter in known):
             raise ValueError("the optimiser has parameters that are not this network's: give the one that trained it")
         new = dict(small.named_parameters())
-        groups = [{**g, "params": [new[names[id(p)]] for p in g["params"]]} for g in optimizer.param_groups]
+        stays = [parameter for parameter in known if names[id(parameter)] in new]
+        groups = [
+            {**group, "params": [new[name] for p in group["params"] if (name := names[id(p)]) in new]}
+            for group in optimizer.param_groups
+        ]
         carried = type(optimizer)(groups, **optimizer.defaults)
-        for parameter in known:
+        along: dict[str, dict[str, Tensor]] = defaultdict(dict)  # state by its key, then by the parameter's name
+        for parameter in stays:
             name = names[id(parameter)]
             for key, value in optimizer.state.get(parameter, {}).items():
-                along = isinstance(value, Tensor) and value.shape == parameter.shape
-                carried.state[new[name]][key] = self.cut(plan, {name: value})[name] if along else copy.copy(value)
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    along[key][name] = value
+                else:
+                    carried.state[new[name]][key] = copy.copy(value)
+        for key, tensors in along.items():
+            for name, value in self.cut(plan, tensors).items():
+                carried.state[new[name]][key] = value
         optimizer.register_step_pre_hook(_refuse_step)
         return carried
 
@@ -295,7 +421,10 @@ class Space(ABC):
         return self.widths({name: kept_count(self.groups[self._index[name]].size, s) for name, s in target.items()})
 
     def _widths_within(self, budget: Budget, scores: Scores, ranking: Ranking) -> Ints:
-        """Remove units in ascending order until the budget is met; the best unit of each group is never removed."""
+        """Remove units in ascending order until the budget is met; the best unit of each group is never removed.
+
+        The result is one that `spent` found within the budget, also where that is measured and does not fall steadily.
+        """
         priority = self._priority(scores, ranking)
         order = np.argsort(priority, kind="stable")[: np.count_nonzero(priority < np.inf)]
         removed_from = self._group_of[order]
@@ -303,30 +432,41 @@ class Space(ABC):
         def widths(count: int) -> Ints:
             return self.sizes - np.bincount(removed_from[:count], minlength=len(self.sizes))
 
-        allowed = budget.macs * self.macs(scope=budget.scope)
-        smallest = int(self.cost(widths(len(order)), budget.scope))
-        if smallest > allowed:
-            least = smallest / self.macs(scope=budget.scope)
+        spent = self.spent(budget, scores)
+        if (least := spent(widths(len(order)))) > budget.fraction:
             raise ValueError(
-                f"budget macs={budget.macs} ({budget.scope}) cannot be met: one unit per group and every "
-                f"unit of infinite score must stay, which keeps {least:.4f} of the MACs"
+                f"budget {budget.cost}={budget.fraction} cannot be met: one unit per group and every "
+                f"unit of infinite score must stay, which keeps {least:.4f} of the {budget.what}"
             )
         low, high = 0, len(order)  # the budget is met after removing `high` units
         while low < high:
             middle = (low + high) // 2
-            if self.cost(widths(middle), budget.scope) <= allowed:
+            if spent(widths(middle)) <= budget.fraction:
                 high = middle
             else:
                 low = middle + 1
-        return self._given_back(widths(high), removed_from[:high][::-1], allowed, budget.scope)
+        found = widths(high)
+        if budget.latency is None:  # no measurement can tell one unit from none
+            # Give each group one unit back, last removed first, where it fits: the groups' units differ in cost.
+            for group in dict.fromkeys(removed_from[:high][::-1].tolist()):
+                found[group] += 1
+                if spent(found) > budget.fraction:
+                    found[group] -= 1
+        return found
 
-    def _given_back(self, widths: Ints, removed_from: Ints, allowed: float, scope: Scope) -> Ints:
-        """Give each group one unit back, last removed first, where it fits: the groups' units differ in cost."""
-        for group in dict.fromkeys(removed_from.tolist()):
-            widths[group] += 1
-            if self.cost(widths, scope) > allowed:
-                widths[group] -= 1
-        return widths
+    def _best(self, scores: Scores, widths: Ints) -> Plan:
+        """Keep as many units of each group as `widths` says, those with the highest scores."""
+        keep = {}
+        for group, width in zip(self.groups, widths.tolist(), strict=True):
+            best = torch.argsort(scores[group.name], descending=True, stable=True)[:width]
+            keep[group.name] = tuple(sorted(best.tolist()))
+        return self.plan(keep)
+
+    def _latency(self, plan: Plan) -> float:
+        """Time the shrunk network beside the dense one."""
+        example = self.example.to(next(self.net.parameters()))
+        times = cost.latencies({"dense": self.net, "cut": self.shrink(plan)}, example)
+        return times["cut"].median / times["dense"].median
 
     def _priority(self, scores: Scores, ranking: Ranking) -> NDArray[np.float64]:
         if ranking not in get_args(Ranking):

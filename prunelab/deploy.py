@@ -1,0 +1,373 @@
+"""What comes after pruning: fold batch norm, save and reload a cut network, export it to ONNX, and time it honestly."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+from tqdm.auto import tqdm
+
+from prunelab import cost, models
+from prunelab._files import write_atomically
+from prunelab.layers import ColumnConv2d
+from prunelab.structure import Plan, Space, UntraceableError
+
+TOLERANCE = 1e-4  # of the largest output: what PyTorch and ONNX Runtime may differ by, in float32
+
+# -- batch norm --------------------------------------------------------------------------------------------------------
+
+
+def fold_batch_norm(net: nn.Module) -> nn.Module:
+    """Return a copy in evaluation mode in which every batch norm that alone reads a layer is part of that layer.
+
+    With γ, β, μ, σ² of the batch norm, W becomes W·γ/√(σ² + ε) and b becomes (b - μ)·γ/√(σ² + ε) + β. The layers are
+    convolutions, grouped and of columns too, and linear layers, whose output is taken to be [N, features]. A batch norm
+    that is folded becomes an identity; one that reads anything else, or has no running statistics, stays.
+
+    Raises:
+        UntraceableError: the forward depends on values.
+    """
+    folded = copy.deepcopy(net).eval()
+    try:
+        nodes = _Tracer().trace(copy.copy(folded)).nodes  # torch.fx leaves constants in what it traces
+    except Exception as error:
+        raise UntraceableError(
+            f"{type(net).__name__} cannot be traced: its forward depends on values ({error})"
+        ) from error
+    calls = Counter(node.target for node in nodes if node.op == "call_module")
+    for node in nodes:
+        if calls[node.target] != 1:
+            continue
+        norm, source = folded.get_submodule(str(node.target)), node.all_input_nodes[0]
+        if calls[source.target] != 1 or len(source.users) != 1:
+            continue
+        layer = folded.get_submodule(str(source.target))
+        if type(norm) is _FOLDED.get(type(layer)) and norm.running_mean is not None:
+            statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            layer.weight, layer.bias = fuse_conv_bn_weights(layer.weight, layer.bias, *statistics)
+            folded.set_submodule(str(node.target), nn.Identity())
+    return folded
+
+
+_FOLDED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: nn.BatchNorm1d,
+    nn.Conv2d: nn.BatchNorm2d,
+    nn.Conv3d: nn.BatchNorm3d,
+    ColumnConv2d: nn.BatchNorm2d,
+    nn.Linear: nn.BatchNorm1d,
+}
+
+
+class _Tracer(fx.Tracer):
+    """Sees a `ColumnConv2d` as one layer."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, ColumnConv2d) or super().is_leaf_module(m, module_qualified_name)
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def save(
+    path: str | os.PathLike[str],
+    net: nn.Module,
+    plans: Plan | Sequence[Plan],
+    *,
+    shape: tuple[int, int, int],
+    model: str | None = None,
+    **arguments: Any,
+) -> None:
+    """Write a cut network to one file, from which `load` makes it again in any process.
+
+    The file is in the safetensors format: the tensors, and in its header, as JSON, the plans and how the dense network
+    is built. It holds no code and no pickle. A batch norm is folded after loading, not before saving.
+
+    Args:
+        path: of the file; one that is there is replaced, whole or not at all.
+        net: what shrinking the dense network by the plans gave, trained since or not.
+        plans: one plan, or several in the order in which they were applied.
+        shape: (channels, height, width) of an image.
+        model: the dense network's name for `models.build`; None: the user's own network, which `load` is given.
+        arguments: other arguments of `models.build`: classes, width.
+
+    Raises:
+        ValueError: the named dense network, cut by the plans, does not have these tensors.
+    """
+    plans = [plans] if isinstance(plans, Plan) else list(plans)
+    recipe = {
+        "model": model,
+        "arguments": arguments,
+        "shape": list(shape),
+        "plans": [asdict(plan) for plan in plans],
+        "channels_last": [name for name, tensor in net.state_dict().items() if _is_channels_last(tensor)],
+    }
+    if model is not None:
+        _fill(_cut(models.build(model, shape=shape, seed=0, **arguments), plans, shape), net.state_dict(), path)
+    tensors = {name: _copy(tensor, torch.contiguous_format) for name, tensor in net.state_dict().items()}
+    write_atomically(path, to_bytes(tensors, {_KEY: json.dumps(recipe)}))
+
+
+def load(path: str | os.PathLike[str], net: nn.Module | None = None) -> nn.Module:
+    """Make the network of a saved file again, in evaluation mode on the CPU, with its types and memory formats.
+
+    Args:
+        path: a file written by `save`.
+        net: the dense network, for a file that was saved without the name of a model; it is left as it is.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, is none of `save`'s, needs a dense network, or does not fit the one given; it
+            is named.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            recipe = json.loads((file.metadata() or {})[_KEY])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        plans = [
+            Plan(plan["space"], plan["sizes"], {group: tuple(kept) for group, kept in plan["keep"].items()})
+            for plan in recipe["plans"]
+        ]
+        model, arguments, shape = recipe["model"], recipe["arguments"], tuple(recipe["shape"])
+        channels_last = set(recipe["channels_last"])
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged, or is not a network that deploy.save wrote ({type(error).__name__}: {error}); other "
+            "formats, pickles among them, are not opened"
+        ) from None
+    if net is None and model is None:
+        raise ValueError(f"{path} was saved without the name of a model: give load the dense network, net=...")
+    try:
+        dense = models.build(model, shape=shape, seed=0, **arguments) if net is None else net
+        small = _cut(dense, plans, shape)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} does not fit its network: {error}") from error
+    formats = {name: torch.channels_last if name in channels_last else torch.contiguous_format for name in tensors}
+    return _fill(small, {name: _copy(tensor, formats[name]) for name, tensor in tensors.items()}, path).eval()
+
+
+_KEY = "prunelab"
+
+
+def _cut(net: nn.Module, plans: Sequence[Plan], shape: Sequence[int]) -> nn.Module:
+    """Shrink a copy of the network by one plan after the other."""
+    net = copy.deepcopy(net)
+    spaces = {space.kind: space for space in Space.__subclasses__()}
+    for plan in plans:
+        if plan.space not in spaces:
+            raise ValueError(f"unknown space {plan.space!r} of a plan: there are {', '.join(map(repr, spaces))}")
+        net = spaces[plan.space](net, torch.zeros(1, *shape).to(next(net.parameters()))).shrink(plan)
+    return net
+
+
+def _fill(net: nn.Module, tensors: Mapping[str, Tensor], path: object) -> nn.Module:
+    """Give every tensor of the network the values, type and memory format of its namesake."""
+    own = net.state_dict(keep_vars=True)
+    shapes = [{name: tuple(tensor.shape) for name, tensor in each.items()} for each in (own, tensors)]
+    if shapes[0] != shapes[1]:
+        odd = sorted({*shapes[0], *shapes[1]}, key=str)
+        name = next(name for name in odd if shapes[0].get(name) != shapes[1].get(name))
+        needed, found = (each.get(name, "absent") for each in shapes)
+        raise ValueError(
+            f"{path}: the tensors are not those of {type(net).__name__} cut by these plans: {name} would be {needed}, "
+            f"is {found}"
+        )
+    for name, tensor in tensors.items():
+        own[name].data = tensor
+    return net
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    return tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def _copy(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """Return the values in memory of their own, aligned as PyTorch aligns it."""
+    return torch.empty_like(tensor, memory_format=memory_format).copy_(tensor)
+
+
+# -- ONNX --------------------------------------------------------------------------------------------------------------
+
+
+class OnnxNet(nn.Module):
+    """An ONNX model that ONNX Runtime computes on the CPU, called like a network: [N, C, H, W] -> its one output.
+
+    Args:
+        model: the path of a file, or its content.
+        threads: CPU threads; None: as many as PyTorch uses.
+    """
+
+    def __init__(self, model: str | os.PathLike[str] | bytes, threads: int | None = None) -> None:
+        super().__init__()
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or torch.get_num_threads()
+        # Threads that wait for the next call at full speed would slow down whatever is timed beside this network.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        content = model if isinstance(model, bytes) else os.fspath(model)
+        self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        self.input = self.session.get_inputs()[0].name
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Compute a batch."""
+        (outputs,) = self.session.run(None, {self.input: images.detach().contiguous().numpy()})
+        return torch.from_numpy(outputs)
+
+
+def export_onnx(net: nn.Module, example: Tensor, path: str | os.PathLike[str]) -> float:
+    """Write the network, in evaluation mode, as an ONNX file for batches of any size, once its outputs are checked.
+
+    ONNX has no convolution over columns: a `ColumnConv2d` is written as the convolution with zeros that it stands for,
+    and saves nothing there.
+
+    Args:
+        net: a float32 network on the CPU with one output; it is left as it was.
+        example: an input, float32 [N, C, H, W].
+        path: of the file; one that is there is replaced, whole or not at all.
+
+    Returns:
+        The largest difference between the outputs of ONNX Runtime and of PyTorch, over the largest output: for the
+        example, and for a batch of another size of normally distributed images.
+
+    Raises:
+        ValueError: the network or the example is not float32 on the CPU.
+        RuntimeError: the outputs differ by more than `TOLERANCE`; nothing is written.
+    """
+    model = _to_onnx(net, example)
+    exported, shape = OnnxNet(model), (len(example) + 1, *example.shape[1:])
+    images = example, torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    difference = max(_difference(exported, net, batch) for batch in images)
+    if not difference <= TOLERANCE:
+        raise RuntimeError(
+            f"{path} is not written: ONNX Runtime's outputs differ from PyTorch's by {difference:.1e} of the largest, "
+            f"more than {TOLERANCE:g}"
+        )
+    write_atomically(path, model)
+    return difference
+
+
+def _to_onnx(net: nn.Module, example: Tensor) -> bytes:
+    tensors = [example, *net.parameters()]
+    if any(tensor.dtype != torch.float32 or tensor.device.type != "cpu" for tensor in tensors):
+        raise ValueError("ONNX Runtime computes in float32 on the CPU: give it net.float().cpu() and such an example")
+    batch = torch.export.Dim.DYNAMIC
+    program = torch.onnx.export(
+        _with_dense_kernels(net).eval(),
+        (torch.cat([example, example]),),  # a batch of one would be taken for a constant
+        dynamo=True,
+        dynamic_shapes=({0: batch},),
+        input_names=["images"],
+        output_names=["outputs"],
+        verbose=False,
+    )
+    assert program is not None
+    return program.model_proto.SerializeToString()
+
+
+def _with_dense_kernels(net: nn.Module) -> nn.Module:
+    """Return a copy in which convolutions over columns are ordinary ones."""
+    dense: dict[int, Any] = {}
+    for layer in net.modules():
+        if isinstance(layer, ColumnConv2d):
+            conv = nn.utils.skip_init(
+                nn.Conv2d,
+                layer.in_channels,
+                layer.out_channels,
+                layer.kernel_size,
+                layer.stride,
+                layer.padding,
+                layer.dilation,
+                bias=layer.bias is not None,
+            )
+            conv.weight, conv.bias = nn.Parameter(layer.dense_weight().detach()), layer.bias
+            dense[id(layer)] = conv
+    return copy.deepcopy(net, dense)
+
+
+@torch.inference_mode()
+def _difference(exported: nn.Module, net: nn.Module, images: Tensor) -> float:
+    expected = copy.deepcopy(net).eval()(images)
+    return float((exported(images) - expected).abs().max() / expected.abs().max())
+
+
+# -- time --------------------------------------------------------------------------------------------------------------
+
+
+RUNTIMES: dict[str, Callable[[nn.Module, Tensor, int | None], nn.Module]] = {
+    "torch": lambda net, example, threads: net,
+    "onnxruntime": lambda net, example, threads: OnnxNet(_to_onnx(net, example), threads),
+}
+"""What computes a network: functions of the network, an input and the number of threads."""
+
+
+def report(
+    nets: Mapping[str, nn.Module],
+    example: Tensor,
+    *,
+    batches: Sequence[int] = (1, 16),
+    threads: int | None = None,
+    runtimes: Sequence[str] = ("torch", "onnxruntime"),
+    repeats: int = 30,
+    warmup: int = 5,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Time networks side by side: for each runtime and batch size, in turn, so that all meet the same machine.
+
+    Args:
+        nets: {label: network}; all are compared with the first.
+        example: an input [N, C, H, W] on the networks' device; batches repeat its first image in its memory format.
+        batches: images per forward pass.
+        threads: CPU threads; None: as many as PyTorch uses.
+        runtimes: names in `RUNTIMES`; "onnxruntime" runs on the CPU, and computes columns as `export_onnx` says.
+        repeats: timed passes of each network.
+        warmup: passes of each before them.
+        progress: show a bar.
+
+    Returns:
+        One row per runtime, batch size and network: runtime, batch, threads, device, net, the median and quartiles of
+        `milliseconds`, `low` and `high`, the `speedup` as a ratio of medians, and per network `macs`, `macs_reduction`,
+        `parameters` and `bytes`.
+
+    Raises:
+        ValueError: no network, a batch size below 1, an unknown runtime, or values that `cost.latency` refuses.
+    """
+    if not nets:
+        raise ValueError("nets is empty: give at least one network, {label: network}")
+    for name, found in (("batches", [b for b in batches if b < 1]), ("runtimes", [*{*runtimes} - {*RUNTIMES}])):
+        if found:
+            legal = {"batches": "integers >= 1", "runtimes": ", ".join(map(repr, RUNTIMES))}[name]
+            raise ValueError(f"{name}={found}: legal values are {legal}")
+    first = next(iter(nets))
+    sizes = {
+        label: {"macs": cost.macs(net, example), "parameters": cost.parameters(net), "bytes": cost.size_bytes(net)}
+        for label, net in nets.items()
+    }
+    rows: list[dict[str, Any]] = []
+    with tqdm(total=len(runtimes) * len(batches), desc="latency", leave=False, disable=not progress) as bar:
+        for runtime in runtimes:
+            ready = {label: RUNTIMES[runtime](net, example, threads) for label, net in nets.items()}
+            for batch in batches:
+                images = torch.cat([example[:1]] * batch)
+                times = cost.latencies(ready, images, repeats=repeats, warmup=warmup, threads=threads)
+                for label, time in times.items():
+                    row = {"runtime": runtime, "batch": batch, "threads": time.threads, "device": time.device}
+                    row |= {"net": label, "milliseconds": 1e3 * time.median}
+                    row |= {"low": 1e3 * time.low, "high": 1e3 * time.high}
+                    row |= {"speedup": times[first].median / time.median, **sizes[label]}
+                    rows.append(row | {"macs_reduction": sizes[first]["macs"] / sizes[label]["macs"]})
+                bar.update()
+    return pd.DataFrame(rows)

@@ -1,0 +1,311 @@
+"""Reconstructing what a layer computed from fewer of its inputs: second moments, LASSO, least squares.
+
+A layer with weights W [outputs, columns] sees rows X [N, columns] of samples and should respond with Y [N, outputs].
+All that is asked of the samples here are the moments of X and of what is still missing, E = Y − (X·Wᵀ + b), so they
+are read once and never stored. For a convolution, a row is the patch under one output position.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from sklearn.linear_model import lars_path_gram
+from torch import Tensor, fx, nn
+
+BLOCKS = 8  # of columns, of which only those on and above the diagonal of XᵀX are multiplied
+RIDGE = 1e-6  # of the mean variance of a column
+
+Key = TypeVar("Key")
+
+
+class Moments:
+    """The first and second moments of rows x [N, columns] and y [N, outputs], added up batch by batch in float64.
+
+    Products are taken in the rows' own precision: float64 rows give moments exact to float64.
+    """
+
+    def __init__(self, columns: int, outputs: int, device: torch.device | str = "cpu") -> None:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        self.rows = 0
+        self._x, self._y = zeros(columns), zeros(outputs)
+        self._xx, self._xy, self._yy = zeros(columns, columns), zeros(columns, outputs), zeros(outputs)
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add some rows."""
+        self.rows += len(x)
+        self._x += x.sum(0, dtype=torch.float64)
+        self._y += y.sum(0, dtype=torch.float64)
+        self._yy += y.square().sum(0, dtype=torch.float64)
+        self._xy += x.T @ y
+        width = max(1, math.ceil(x.shape[1] / BLOCKS))
+        for start in range(0, x.shape[1], width):
+            end = start + width
+            self._xx[:end, start:end] += x[:, :end].T @ x[:, start:end]
+
+    @property
+    def mean_x(self) -> Tensor:
+        """Mean row x, [columns]."""
+        return self._x / self.rows
+
+    @property
+    def mean_y(self) -> Tensor:
+        """Mean row y, [outputs]."""
+        return self._y / self.rows
+
+    @property
+    def xx(self) -> Tensor:
+        """Covariance of x, [columns, columns]."""
+        upper = self._xx.triu()
+        return (upper + upper.triu(1).T) / self.rows - self.mean_x.outer(self.mean_x)
+
+    @property
+    def xy(self) -> Tensor:
+        """Covariance of x and y, [columns, outputs]."""
+        return self._xy / self.rows - self.mean_x.outer(self.mean_y)
+
+    @property
+    def yy(self) -> float:
+        """Variance of y, summed over outputs."""
+        return float((self._yy / self.rows - self.mean_y.square()).sum())
+
+
+class Reconstruction:
+    """One layer that is about to lose input channels.
+
+    Args:
+        weight: W, [outputs, columns].
+        channel: int64 [columns], the channel in [0, channels) that a column belongs to; -1 if it cannot go.
+        moments: of the rows X and of what is missing from the response, E = Y − (X·Wᵀ + b).
+    """
+
+    def __init__(self, weight: Tensor, channel: Tensor, moments: Moments) -> None:
+        self.weight, self.channel, self.rows = weight.double(), channel, moments.rows
+        self.mean_x, self.mean_e = moments.mean_x, moments.mean_y
+        self.xx, self.xe, self._missing = moments.xx, moments.xy, moments.yy
+
+    def gram(self, channels: int) -> tuple[Tensor, Tensor]:
+        """Return what LASSO needs to know: G_ij = ⟨Z_i, Z_j⟩/N and q_i = ⟨Z_i, Y⟩/N of Z_i = X_i·W_iᵀ, centred.
+
+        Y is what the channels are to contribute: the target less what columns that cannot go contribute.
+        """
+        products = self._by_channel(self.xx * (self.weight.T @ self.weight), channels)
+        gram = self._by_channel(products.T.contiguous(), channels)
+        return gram, gram.sum(1) + self._by_channel((self.xe * self.weight.T).sum(1), channels)
+
+    def norms(self, channels: int, power: int) -> Tensor:
+        """Return Σ|w|^power over the weights of each channel, [channels]."""
+        return self._by_channel(self.weight.abs().pow(power).sum(0), channels)
+
+    def kept(self, channels: Sequence[int]) -> Tensor:
+        """Return, by column, whether it stays: bool [columns]."""
+        stays = torch.tensor(sorted(channels), device=self.channel.device)
+        return torch.isin(self.channel, stays) | (self.channel < 0)
+
+    def cut(self, channels: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return the change of weights and bias, ([outputs, columns], [outputs]), that only removes the others."""
+        return -self.weight * ~self.kept(channels), torch.zeros_like(self.mean_e)
+
+    def solve(self, channels: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return the change of weights and bias with which the kept channels come closest to the target.
+
+            min over ΔW, Δb of ||Y − X_K·(W_K + ΔW)ᵀ − b − Δb||²/N + ridge·||ΔW||²
+
+        The ridge, 1e-6 of a kept column's mean variance, decides where the samples do not. It holds the weights where
+        they were and not at zero: so a whole layer gets its own weights back, and the error is never above that of
+        `cut`.
+
+        Raises:
+            ValueError: there are fewer rows than unknowns.
+        """
+        kept = self.kept(channels)
+        check_rows(self.rows, int(kept.sum()))
+        lost = self.weight[:, ~kept].T
+        covariance = self.xx[kept][:, kept]
+        covariance.diagonal().add_(RIDGE * covariance.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny))
+        factor = torch.linalg.cholesky(covariance)
+        step = torch.cholesky_solve(self.xe[kept] + self.xx[kept][:, ~kept] @ lost, factor)
+        change = -self.weight
+        change[:, kept] = step.T
+        return change, self.mean_e - change @ self.mean_x
+
+    def error(self, change: Tensor, shift: Tensor) -> float:
+        """Return ||Y − X·(W + ΔW)ᵀ − (b + Δb)||²/N, summed over outputs."""
+        mean = self.mean_e - change @ self.mean_x - shift
+        spread = self._missing - 2 * (change.T * self.xe).sum() + ((change @ self.xx) * change).sum()
+        return float(spread + mean.square().sum())
+
+    @property
+    def variance(self) -> float:
+        """The variance of Y, summed over outputs: the error of the best constant."""
+        return self.error(-self.weight, self.mean_e + self.weight @ self.mean_x)
+
+    def _by_channel(self, values: Tensor, channels: int) -> Tensor:
+        """Sum rows that belong to the same channel, [columns, ...] -> [channels, ...]."""
+        sums = values.new_zeros(channels + 1, *values.shape[1:])
+        return sums.index_add_(0, self.channel % (channels + 1), values)[:-1]
+
+
+def check_rows(rows: int, columns: int, where: str = "") -> None:
+    """Raise ValueError if there are fewer rows than the unknowns of an output: a weight per column, and a bias."""
+    if rows < columns + 1:
+        raise ValueError(
+            f"{where or 'least squares'}: {rows} samples for {columns + 1} unknowns per output; at least "
+            f"{columns + 1} are needed, and several times as many are better: take more images or positions"
+        )
+
+
+@dataclass(frozen=True)
+class Path:
+    """LASSO as the penalty falls: at `penalties` [knots] the coefficients are `betas` [channels, knots]."""
+
+    penalties: NDArray[np.float64]
+    betas: NDArray[np.float64]
+
+
+def lasso_path(gram: Tensor, q: Tensor, count: int | None = None) -> Path:
+    """Solve min over β of ½·βᵀGβ − qᵀβ + λ·||β||₁ for every λ >= 0, or down to where `count` coefficients are not 0.
+
+    Between two knots the coefficients change linearly, and one of them leaves zero or returns to it, so every count of
+    them occurs. Channels with G_ii = 0 stay out.
+    """
+    size = len(q)
+    varying = np.flatnonzero((gram.diagonal() > 0).cpu().numpy())
+    inner, wanted = gram.cpu().numpy()[np.ix_(varying, varying)], q.cpu().numpy()[varying]
+    for steps in (8 * size,) if count is None else (count + 8, 8 * size):  # all of the path only where LARS goes back
+        penalties, _, found = lars_path_gram(
+            Xy=wanted.copy(), Gram=inner.copy(), n_samples=1, method="lasso", max_iter=steps
+        )
+        if count is not None and ((found != 0).sum(0) >= count).any():
+            break
+    betas = np.zeros((size, found.shape[1]))
+    betas[varying] = found
+    return Path(penalties, betas)
+
+
+def lasso(gram: Tensor, q: Tensor, norms: Tensor, count: int) -> list[int]:
+    """Return exactly `count` channels that LASSO keeps, sorted.
+
+        min over β of 1/(2N)·||Y − Σ_i β_i·Z_i/||W_i|| ||² + λ·||β||₁
+
+    λ falls until `count` of the β_i are not zero; where several enter at once, those with the largest contribution
+    |β_i|·||Z_i|| stay. Channels that do not vary come last.
+
+    Args:
+        gram: G_ij = ⟨Z_i, Z_j⟩/N, [channels, channels].
+        q: ⟨Z_i, Y⟩/N, [channels].
+        norms: ||W_i||, [channels]: with them β does not depend on how large a channel's weights happen to be.
+        count: in [1, channels].
+
+    Raises:
+        ValueError: the count is out of range, or no channel varies.
+    """
+    if not 1 <= count <= len(q):
+        raise ValueError(f"count is {count}: of {len(q)} channels between 1 and {len(q)} can stay")
+    if not (gram.diagonal() > 0).any():
+        raise ValueError(f"none of the {len(q)} channels varies over the samples: there is nothing to reconstruct from")
+    norms = norms.clamp_min(torch.finfo(norms.dtype).tiny)
+    scaled = gram / norms.outer(norms)
+    path = lasso_path(scaled, q / norms, count)
+    enough = np.flatnonzero((path.betas != 0).sum(0) >= count)
+    betas = torch.from_numpy(path.betas[:, enough[0] if len(enough) else -1])
+    strength = betas.abs() * scaled.diagonal().cpu().sqrt()
+    return sorted(strength.argsort(descending=True, stable=True)[:count].tolist())
+
+
+# -- samples ----------------------------------------------------------------------------------------------------------
+
+
+def samples(maps: Tensor, positions: int, seed: int) -> Tensor:
+    """Pick rows at random positions of each image, [B, H, W, ...] -> [B·P, columns]; P = min(positions, H·W).
+
+    The same seed picks the same positions in all maps of the same size.
+    """
+    images, height, width = maps.shape[:3]
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.rand(images, height * width, generator=generator).topk(min(positions, height * width)).indices
+    at, image = chosen.to(maps.device), torch.arange(images, device=maps.device)[:, None]
+    return maps[image, at // width, at % width].flatten(0, 1).flatten(1)
+
+
+def patches(layer: nn.Module, x: Tensor) -> Tensor:
+    """View a layer's input as one row of columns per output position, [B, H', W', ...columns], without a copy of it."""
+    if not isinstance(layer, nn.Conv2d):
+        return responses(layer, x)
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+    for dim, size, stride, dilation in zip((2, 3), layer.kernel_size, layer.stride, layer.dilation, strict=True):
+        x = x.unfold(dim, (size - 1) * dilation + 1, stride)
+    x = x[..., :: layer.dilation[0], :: layer.dilation[1]]
+    return x.permute(0, 2, 3, 1, 4, 5)
+
+
+def responses(layer: nn.Module, y: Tensor) -> Tensor:
+    """View what a layer or a sum gives out as one row per position, [B, H, W, outputs]."""
+    return y.permute(0, 2, 3, 1) if isinstance(layer, nn.Conv2d) else y.reshape(len(y), -1, 1, y.shape[-1])
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Which value of a graph to sample: that of `node`, as a layer's input or output."""
+
+    node: fx.Node
+    layer: nn.Module
+    of_input: bool
+
+    def __call__(self, value: Tensor, positions: int, seed: int) -> Tensor:
+        """Return the sampled rows."""
+        return samples((patches if self.of_input else responses)(self.layer, value), positions, seed)
+
+
+class Frontier(fx.Interpreter):
+    """A network and some batches that have come as far as one node of its graph.
+
+    Of each batch, only values that nodes behind the frontier read are kept. The network may be exchanged for one that
+    has the same graph and computes the same in front of the frontier.
+    """
+
+    def __init__(self, net: nn.Module, graph: fx.Graph, batches: Sequence[Tensor]) -> None:
+        super().__init__(net, garbage_collect_values=True, graph=graph)
+        self.nodes = list(graph.nodes)
+        self.place = {node: i for i, node in enumerate(self.nodes)}
+        self.at = 1  # behind the input
+        self.held: list[dict[fx.Node, Tensor]] = [{self.nodes[0]: batch} for batch in batches]
+
+    def advance(self, node: fx.Node) -> None:
+        """Run all batches to just before a node, and stay there."""
+        for number, held in enumerate(self.held):
+            for _ in self._steps(held, self.place[node]):
+                pass
+            self.held[number] = dict(self.env)
+        self.at = max(self.at, self.place[node])
+
+    def sample(self, taps: Mapping[Key, Tap], positions: int, seed: int) -> Iterator[dict[Key, Tensor]]:
+        """Run each batch as far as the taps need, yield their rows, and return to the frontier."""
+        stop = max(self.place[tap.node] for tap in taps.values()) + 1
+        for number, held in enumerate(self.held):
+            found = {}
+            for node, value in self._steps(held, stop):
+                found |= {
+                    key: tap(value, positions, seed + number) for key, tap in taps.items() if tap.node is node
+                }  # at once: what runs next may work in place
+            yield found
+
+    @torch.no_grad()
+    def _steps(self, held: Mapping[fx.Node, Tensor], stop: int) -> Iterator[tuple[fx.Node, Tensor]]:
+        """Run one batch from the frontier, forgetting what is not read again."""
+        self.env = dict(held)
+        yield from held.items()
+        for node in self.nodes[self.at : stop]:
+            self.env[node] = self.run_node(node)
+            yield node, self.env[node]
+            for dead in self.user_to_last_uses.get(node, []):
+                self.env.pop(dead, None)
