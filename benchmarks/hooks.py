@@ -15,6 +15,7 @@ import torch
 import typer
 
 from prunelab import data, models
+from prunelab.methods.slimming import Penalty
 from prunelab.methods.spp import SPP, Pruning
 from prunelab.structure import Budget, ChannelSpace, ColumnSpace
 from prunelab.training import Hook, Recipe, fit
@@ -38,6 +39,7 @@ def main(model: str = "convnet-bn", steps: int = 20, rounds: int = 5, batch_size
         "plain": lambda net: Hook(),
         "SPP, columns": spp(ColumnSpace),
         "SPP, filters": spp(ChannelSpace),
+        "slimming": lambda net: Penalty(1e-4),
     }
     seconds: dict[str, list[float]] = {name: [] for name in hooks}
     for _ in range(rounds):

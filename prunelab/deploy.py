@@ -46,22 +46,23 @@ def fold_batch_norm(net: nn.Module) -> nn.Module:
         raise UntraceableError(
             f"{type(net).__name__} cannot be traced: its forward depends on values ({error})"
         ) from error
-    calls = Counter(node.target for node in nodes if node.op == "call_module")
-    for node in nodes:
-        if calls[node.target] != 1:
-            continue
-        norm, source = folded.get_submodule(str(node.target)), node.all_input_nodes[0]
-        if calls[source.target] != 1 or len(source.users) != 1:
-            continue
-        layer = folded.get_submodule(str(source.target))
-        if type(norm) is _FOLDED.get(type(layer)) and norm.running_mean is not None:
-            statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-            layer.weight, layer.bias = fuse_conv_bn_weights(layer.weight, layer.bias, *statistics)
-            folded.set_submodule(str(node.target), nn.Identity())
+    calls = [node for node in nodes if node.op == "call_module"]
+    uses = Counter(str(node.target) for node in calls)
+    uses.update(str(node.target).rpartition(".")[0] for node in nodes if node.op == "get_attr")  # of its weights alone
+    once: dict[fx.Node, Any] = {n: folded.get_submodule(str(n.target)) for n in calls if uses[str(n.target)] == 1}
+    for node, norm in once.items():
+        source = node.all_input_nodes[0]
+        layer: Any = once.get(source)
+        fits = type(norm) is _FOLDED.get(type(layer)) and len(source.users) == 1
+        if fits and norm.running_mean is not None:
+            layer.weight, layer.bias = fuse_conv_bn_weights(
+                layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            )
+            folded.set_submodule(str(node.target), nn.Identity().eval())
     return folded
 
 
-_FOLDED: dict[type[nn.Module], type[nn.Module]] = {
+_FOLDED: dict[type, type[nn.Module]] = {
     nn.Conv1d: nn.BatchNorm1d,
     nn.Conv2d: nn.BatchNorm2d,
     nn.Conv3d: nn.BatchNorm3d,
@@ -165,7 +166,7 @@ _KEY = "prunelab"
 def _cut(net: nn.Module, plans: Sequence[Plan], shape: Sequence[int]) -> nn.Module:
     """Shrink a copy of the network by one plan after the other."""
     net = copy.deepcopy(net)
-    spaces = {space.kind: space for space in Space.__subclasses__()}
+    spaces: dict[str, Any] = {space.kind: space for space in Space.__subclasses__()}
     for plan in plans:
         if plan.space not in spaces:
             raise ValueError(f"unknown space {plan.space!r} of a plan: there are {', '.join(map(repr, spaces))}")
@@ -247,6 +248,7 @@ def export_onnx(net: nn.Module, example: Tensor, path: str | os.PathLike[str]) -
         ValueError: the network or the example is not float32 on the CPU.
         RuntimeError: the outputs differ by more than `TOLERANCE`; nothing is written.
     """
+    net = copy.deepcopy(net).eval()
     model = _to_onnx(net, example)
     exported, shape = OnnxNet(model), (len(example) + 1, *example.shape[1:])
     images = example, torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -300,7 +302,7 @@ def _with_dense_kernels(net: nn.Module) -> nn.Module:
 
 @torch.inference_mode()
 def _difference(exported: nn.Module, net: nn.Module, images: Tensor) -> float:
-    expected = copy.deepcopy(net).eval()(images)
+    expected = net(images)
     return float((exported(images) - expected).abs().max() / expected.abs().max())
 
 
@@ -347,10 +349,10 @@ def report(
     """
     if not nets:
         raise ValueError("nets is empty: give at least one network, {label: network}")
-    for name, found in (("batches", [b for b in batches if b < 1]), ("runtimes", [*{*runtimes} - {*RUNTIMES}])):
-        if found:
-            legal = {"batches": "integers >= 1", "runtimes": ", ".join(map(repr, RUNTIMES))}[name]
-            raise ValueError(f"{name}={found}: legal values are {legal}")
+    if unknown := [name for name in runtimes if name not in RUNTIMES]:
+        raise ValueError(f"unknown runtimes {unknown}: legal names are {', '.join(map(repr, RUNTIMES))}")
+    if any(batch < 1 for batch in batches):
+        raise ValueError(f"batches={list(batches)}: a batch has at least one image")
     first = next(iter(nets))
     sizes = {
         label: {"macs": cost.macs(net, example), "parameters": cost.parameters(net), "bytes": cost.size_bytes(net)}

@@ -8,16 +8,15 @@ are read once and never stored. For a convolution, a row is the patch under one 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from sklearn.linear_model import lars_path_gram
-from torch import Tensor, fx, nn
+from torch import Tensor
 
 BLOCKS = 8  # of columns, of which only those on and above the diagonal of XᵀX are multiplied
 RIDGE = 1e-6  # of the mean variance of a column
@@ -219,93 +218,3 @@ def lasso(gram: Tensor, q: Tensor, norms: Tensor, count: int) -> list[int]:
     betas = torch.from_numpy(path.betas[:, enough[0] if len(enough) else -1])
     strength = betas.abs() * scaled.diagonal().cpu().sqrt()
     return sorted(strength.argsort(descending=True, stable=True)[:count].tolist())
-
-
-# -- samples ----------------------------------------------------------------------------------------------------------
-
-
-def samples(maps: Tensor, positions: int, seed: int) -> Tensor:
-    """Pick rows at random positions of each image, [B, H, W, ...] -> [B·P, columns]; P = min(positions, H·W).
-
-    The same seed picks the same positions in all maps of the same size.
-    """
-    images, height, width = maps.shape[:3]
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.rand(images, height * width, generator=generator).topk(min(positions, height * width)).indices
-    at, image = chosen.to(maps.device), torch.arange(images, device=maps.device)[:, None]
-    return maps[image, at // width, at % width].flatten(0, 1).flatten(1)
-
-
-def patches(layer: nn.Module, x: Tensor) -> Tensor:
-    """View a layer's input as one row of columns per output position, [B, H', W', ...columns], without a copy of it."""
-    if not isinstance(layer, nn.Conv2d):
-        return responses(layer, x)
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-    for dim, size, stride, dilation in zip((2, 3), layer.kernel_size, layer.stride, layer.dilation, strict=True):
-        x = x.unfold(dim, (size - 1) * dilation + 1, stride)
-    x = x[..., :: layer.dilation[0], :: layer.dilation[1]]
-    return x.permute(0, 2, 3, 1, 4, 5)
-
-
-def responses(layer: nn.Module, y: Tensor) -> Tensor:
-    """View what a layer or a sum gives out as one row per position, [B, H, W, outputs]."""
-    return y.permute(0, 2, 3, 1) if isinstance(layer, nn.Conv2d) else y.reshape(len(y), -1, 1, y.shape[-1])
-
-
-@dataclass(frozen=True)
-class Tap:
-    """Which value of a graph to sample: that of `node`, as a layer's input or output."""
-
-    node: fx.Node
-    layer: nn.Module
-    of_input: bool
-
-    def __call__(self, value: Tensor, positions: int, seed: int) -> Tensor:
-        """Return the sampled rows."""
-        return samples((patches if self.of_input else responses)(self.layer, value), positions, seed)
-
-
-class Frontier(fx.Interpreter):
-    """A network and some batches that have come as far as one node of its graph.
-
-    Of each batch, only values that nodes behind the frontier read are kept. The network may be exchanged for one that
-    has the same graph and computes the same in front of the frontier.
-    """
-
-    def __init__(self, net: nn.Module, graph: fx.Graph, batches: Sequence[Tensor]) -> None:
-        super().__init__(net, garbage_collect_values=True, graph=graph)
-        self.nodes = list(graph.nodes)
-        self.place = {node: i for i, node in enumerate(self.nodes)}
-        self.at = 1  # behind the input
-        self.held: list[dict[fx.Node, Tensor]] = [{self.nodes[0]: batch} for batch in batches]
-
-    def advance(self, node: fx.Node) -> None:
-        """Run all batches to just before a node, and stay there."""
-        for number, held in enumerate(self.held):
-            for _ in self._steps(held, self.place[node]):
-                pass
-            self.held[number] = dict(self.env)
-        self.at = max(self.at, self.place[node])
-
-    def sample(self, taps: Mapping[Key, Tap], positions: int, seed: int) -> Iterator[dict[Key, Tensor]]:
-        """Run each batch as far as the taps need, yield their rows, and return to the frontier."""
-        stop = max(self.place[tap.node] for tap in taps.values()) + 1
-        for number, held in enumerate(self.held):
-            found = {}
-            for node, value in self._steps(held, stop):
-                found |= {
-                    key: tap(value, positions, seed + number) for key, tap in taps.items() if tap.node is node
-                }  # at once: what runs next may work in place
-            yield found
-
-    @torch.no_grad()
-    def _steps(self, held: Mapping[fx.Node, Tensor], stop: int) -> Iterator[tuple[fx.Node, Tensor]]:
-        """Run one batch from the frontier, forgetting what is not read again."""
-        self.env = dict(held)
-        yield from held.items()
-        for node in self.nodes[self.at : stop]:
-            self.env[node] = self.run_node(node)
-            yield node, self.env[node]
-            for dead in self.user_to_last_uses.get(node, []):
-                self.env.pop(dead, None)

@@ -15,11 +15,20 @@ from prunelab import cost, models
 from prunelab.layers import ZeroPadChannels
 from prunelab.structure import Budget, ChannelSpace, Plan, Space, UntraceableError
 
+zoo = models.torchvision.models
+
 TORCHVISION = {
-    "alexnet": 64, "vgg11_bn": 32, "resnet18": 32, "resnext50_32x4d": 32, "densenet121": 32, "googlenet": 32,
-    "inception_v3": 75, "squeezenet1_0": 32, "mobilenet_v2": 32, "mobilenet_v3_small": 32, "mnasnet0_5": 32,
-    "efficientnet_b0": 32, "regnet_y_400mf": 32, "shufflenet_v2_x0_5": 32, "convnext_tiny": 32,
+    "alexnet": 64, "vgg11_bn": 32, "resnet18": 32, "resnet50": 32, "resnext50_32x4d": 32, "wide_resnet50_2": 32,
+    "densenet121": 32, "googlenet": 32, "inception_v3": 107, "squeezenet1_0": 32, "mobilenet_v2": 32,
+    "mobilenet_v3_small": 32, "mnasnet0_5": 32, "efficientnet_b0": 32, "efficientnet_v2_s": 32, "regnet_x_400mf": 32,
+    "regnet_y_400mf": 32, "shufflenet_v2_x0_5": 32, "convnext_tiny": 32,
 }  # fmt: skip
+
+LARGER = (  # on the meta device: counted, not computed
+    "vgg16_bn", "vgg19", "resnet152", "resnext101_32x8d", "wide_resnet50_2", "densenet201", "mobilenet_v3_large",
+    "mnasnet1_3", "efficientnet_b3", "efficientnet_v2_s", "regnet_x_8gf", "regnet_y_8gf", "shufflenet_v2_x2_0",
+    "convnext_small",
+)  # fmt: skip
 
 
 def randomise(net: nn.Module, seed: int = 0) -> nn.Module:
@@ -44,22 +53,49 @@ def randomise(net: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def narrow_convnext() -> nn.Module:
-    convnext = models.torchvision.models.convnext
+    convnext = zoo.convnext
     widths = (12, 16, 20, 24, None)
     return convnext.ConvNeXt([convnext.CNBlockConfig(a, b, 2) for a, b in itertools.pairwise(widths)], num_classes=7)
+
+
+def short_efficientnet_v2() -> nn.Module:
+    parts = zoo.efficientnet
+    fused, plain = parts.FusedMBConvConfig, parts.MBConvConfig
+    stages = [
+        fused(1, 3, 1, 16, 16, 2),
+        fused(4, 3, 2, 16, 24, 2),
+        plain(4, 3, 2, 24, 32, 2),
+        plain(6, 3, 1, 32, 40, 1),
+    ]
+    return zoo.EfficientNet(stages, dropout=0.2, num_classes=7, last_channel=64)
+
+
+def inception_for_small_images() -> nn.Module:
+    net = zoo.inception_v3(num_classes=7, init_weights=True)
+    net.AuxLogits.conv1.conv = nn.Conv2d(128, 768, 1, bias=False)  # 5x5 takes nothing smaller than 299x299
+    return net
+
+
+REDUCED = {  # the same classes with fewer layers or channels
+    "convnext_tiny": narrow_convnext,
+    "efficientnet_v2_s": short_efficientnet_v2,
+    "inception_v3": inception_for_small_images,
+    "resnet50": lambda: zoo.ResNet(zoo.resnet.Bottleneck, [2, 2, 1, 1], num_classes=7),
+    "wide_resnet50_2": lambda: zoo.ResNet(zoo.resnet.Bottleneck, [2, 1, 1, 1], num_classes=7, width_per_group=128),
+}
 
 
 def network(name: str) -> tuple[nn.Module, Tensor]:
     size = TORCHVISION.get(name, 32)
     if name in TORCHVISION:
         # Smaller images than torchvision promises to take make the test quick; these architectures do take them.
-        options = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+        options = {"init_weights": True} if name == "googlenet" else {}
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            if name == "convnext_tiny":
-                net = narrow_convnext()
+            if name in REDUCED:
+                net = REDUCED[name]()
             else:
-                net = models.torchvision.models.get_model(name, weights=None, num_classes=7, **options)
+                net = zoo.get_model(name, weights=None, num_classes=7, **options)
             if name in ("alexnet", "vgg11_bn"):  # 4096 hidden units take most of the memory and prove nothing more
                 hidden = [m for m in net.classifier if isinstance(m, nn.Linear)]
                 sizes = (hidden[0].in_features, 32, 16, 7)
@@ -89,10 +125,11 @@ def assert_same(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=0, atol=1e-9 * float(b.abs().max()))
 
 
-def assert_mask_is_shrink(space: Space, x: Tensor, plan: Plan) -> None:
+def assert_mask_is_shrink(space: Space, x: Tensor, plan: Plan, dense: Tensor | None = None) -> None:
     net = space.net
     masked, small = space.mask(plan), space.shrink(plan)
-    dense, expected, found = net.eval()(x), masked.eval()(x), small.eval()(x)
+    dense = net.eval()(x) if dense is None else dense
+    expected, found = masked.eval()(x), small.eval()(x)
     assert expected.isfinite().all()
     assert_same(found, expected)
     full = plan.widths == plan.sizes
@@ -116,10 +153,21 @@ def test_masked_and_small_network_agree(name: str) -> None:
     for model in (net, small, masked):
         assert [module.training for module in model.modules()] == modes
     with torch.no_grad():
+        dense = net.eval()(x)
         for plan in cuts.values():
-            assert_mask_is_shrink(space, x, plan)
+            assert_mask_is_shrink(space, x, plan, dense)
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     assert len(before) == len(net.state_dict())
+
+
+@pytest.mark.parametrize("name", LARGER)
+def test_closed_form_is_the_count_in_larger_networks(name: str) -> None:
+    with torch.device("meta"):
+        net, x = zoo.get_model(name, weights=None), torch.zeros(1, 3, 224, 224)
+    space = ChannelSpace(net, x)
+    plan = plans(space)["random"]
+    assert space.macs() == cost.macs(net, x)
+    assert space.macs(plan) == cost.macs(space.shrink(plan), x)
 
 
 def test_small_network_says_how_wide_it_is() -> None:
@@ -374,7 +422,8 @@ def test_ties_say_where_they_come_from() -> None:
 
     assert why("chain") == set()
     assert why("residual addition") == {"add"}
-    assert why("depthwise") == {"grouped convolution"}
+    assert why("depthwise") == {"depthwise convolution"}
+    assert why("grouped") == {"grouped convolution"}
     assert why("chunk") == {"channel split", "mul"}
     assert why("channel shuffle") == {"channel sections"}
     assert why("layer used twice") == {"shared weights"}
@@ -406,26 +455,60 @@ def test_unit_weights_are_the_filters_of_all_writers() -> None:
 # Gradients
 
 
-@pytest.mark.parametrize("name", ["resnet20", "mobilenet_v2", "shufflenet_v2_x0_5"])
-def test_gradients_are_those_of_the_masked_network_where_it_is_kept(name: str) -> None:
+@pytest.mark.parametrize("name", ["convnet-bn", "vgg11", "resnet20", "resnet20-b", "densenet40", *TORCHVISION])
+def test_training_goes_as_in_the_masked_network(name: str) -> None:
+    """Every output in training mode, auxiliary heads too, and every gradient are the masked network's."""
     net, x = network(name)
+    for module in net.modules():
+        if isinstance(module, nn.Dropout | zoo.efficientnet.StochasticDepth):
+            module.p = 0.0  # chance would differ
     space = ChannelSpace(net, x)
     plan = plans(space)["random"]
-    masked, small = space.mask(plan).eval(), space.shrink(plan).eval()
-    labels = torch.tensor([3, 5])
+    masked, small = space.mask(plan).train(), space.shrink(plan).train()
+    outputs = []
     for model in (masked, small):
-        nn.functional.cross_entropy(model(x), labels).backward()
-    kept = np.append(space.gates(plan).bool().numpy(), True)
-    expected = {key: parameter.grad for key, parameter in masked.named_parameters()}
-    for axis in space.coupling.axes:
-        if axis.name in expected:
-            index = torch.from_numpy(np.flatnonzero(kept[axis.units]))
-            expected[axis.name] = expected[axis.name].index_select(axis.dim, index)
-    scale = max(float(gradient.abs().max()) for gradient in expected.values())
+        found = model(x)
+        outputs.append(torch.cat(found) if isinstance(found, tuple) else found)
+        nn.functional.cross_entropy(outputs[-1], torch.arange(len(outputs[-1])) % 7).backward()
+    assert len(outputs[0]) == len(x) * {"googlenet": 3, "inception_v3": 2}.get(name, 1)
+    assert_same(*outputs)
+    assert all(parameter.grad.isfinite().all() for parameter in small.parameters())
+    gradients = {key: parameter.grad for key, parameter in masked.named_parameters()}
+    expected = space.cut(plan, gradients)
+    scale = max(float(gradient.abs().max()) for gradient in gradients.values())
     for key, parameter in small.named_parameters():
-        assert parameter.grad.isfinite().all()
         torch.testing.assert_close(parameter.grad, expected[key], rtol=1e-8, atol=1e-10 * scale)
-    assert all(parameter.grad.any() for key, parameter in small.named_parameters() if key.endswith("conv.weight"))
+
+
+def test_auxiliary_heads_are_cut_where_they_read() -> None:
+    net, x = network("googlenet")
+    space = ChannelSpace(net, x)
+    assert not any(name.startswith("aux") for name in space.coupling.names)
+    plan = plans(space)["random"]
+    small = space.shrink(plan)
+    for head, block in ((small.aux1, "inception4a"), (small.aux2, "inception4d")):
+        read = sum(
+            plan.widths[f"{block}.{branch}.conv"] for branch in ("branch1", "branch2.1", "branch3.1", "branch4.1")
+        )
+        assert head.conv.conv.weight.shape[:2] == (128, read)
+        assert head.fc1.weight.shape == (1024, 2048)
+
+
+def test_what_only_training_runs_is_traced_in_training() -> None:
+    net = Net(
+        lambda s, x: (lambda y: (s.b(y), s.head(y)) if s.training else s.b(y))(s.a(x)),
+        a=conv(3, 4), b=conv(4, 2), head=nn.Sequential(conv(4, 5), nn.ReLU(), conv(5, 2)),
+    )  # fmt: skip
+    net, x = randomise(net), torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    space = ChannelSpace(net.train(), x)
+    assert net.training
+    assert {group.name: group.size for group in space.groups} == {"a": 4}
+    assert space.macs() == cost.macs(net, x)  # of evaluation
+    plan = space.plan({"a": [0, 3]})
+    small = space.shrink(plan)
+    assert small.head[0].weight.shape == (5, 2, 3, 3)
+    for found, expected in zip(small(x), space.mask(plan)(x), strict=True):
+        assert_same(found, expected)
 
 
 @pytest.mark.parametrize("name", ["convnet-bn", "vgg11", "resnet20"])
@@ -503,7 +586,7 @@ def test_computed_weights_are_refused() -> None:
 
 
 def test_attention_is_refused_by_name() -> None:
-    net = models.torchvision.models.vit_b_16(num_classes=7)
+    net = zoo.vit_b_16(num_classes=7)
     with pytest.raises(UntraceableError, match="in module 'encoder' of type Encoder") as caught:
         ChannelSpace(net, torch.zeros(1, 3, 224, 224))
     assert "\n" not in str(caught.value)

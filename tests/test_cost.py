@@ -196,6 +196,18 @@ def test_latency_gives_the_median_and_quartiles(monkeypatch: pytest.MonkeyPatch)
     assert (result.low, result.median, result.high) == (2, 3, 4)
 
 
+def test_several_networks_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, turns = Probe(), Probe(), []
+    passes = {first: iter([3.0, 1.0, 2.0]), second: iter([6.0, 9.0, 3.0])}
+    monkeypatch.setattr(cost, "_seconds", lambda net, x: turns.append(net) or next(passes[net]))
+    found = cost.latencies({"a": first, "b": second}, torch.zeros(2, 1), repeats=3, warmup=1)
+    assert turns == [first, second] * 3
+    assert {label: (time.low, time.median, time.high) for label, time in found.items()} == {
+        "a": (1.5, 2.0, 2.5),
+        "b": (4.5, 6.0, 7.5),
+    }
+
+
 def test_latency_restores_everything_when_the_network_fails() -> None:
     threads, net = torch.get_num_threads(), nn.Linear(3, 3)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):

@@ -30,8 +30,8 @@ APART = 100  # between the seeds of two passes, so that neither another pass nor
 class Slimming:
     """Train with an L1 penalty on the batch-norm scales, then remove the channels of smallest |γ|, network-wide.
 
-    Each pass trains with the penalty and cuts; the multiply-adds fall by the same factor in every pass, in the last
-    one to the budget. Where a batch norm reads a stream that others read too, as in pre-activation networks, a
+    Each pass trains with the penalty and cuts; the cost falls by the same factor in every pass, in the last one to the
+    budget. Where a batch norm reads a stream that others read too, as in pre-activation networks, a
     `ChannelSelection` is put in front of it: the channels that this reader needs are chosen, the stream stays whole.
     Channels that additions tie together go together, by the sum of their |γ|.
 
@@ -84,28 +84,28 @@ class Slimming:
         """Train a copy of the network with the penalty and cut it, as many times as there are passes."""
         example = context.data.example
         space = dense = ChannelSpace(with_channel_selection(net, example), example)
-        macs = dense.macs(scope=budget.scope)
-        targets = [budget.macs ** ((number + 1) / self.passes) for number in range(self.passes)]
+        fractions = [budget.fraction ** ((number + 1) / self.passes) for number in range(self.passes)]
         scores = dense.scores("bn_scale")
         dense.plan_for(scores, budget)  # before any work: what cannot be met with one channel a layer,
-        dense.plan_for(protected(scores, self.cap), Budget(targets[0], budget.scope))  # or because of the cap
+        dense.plan_for(protected(scores, self.cap), budget.at(fractions[0]))  # or because of the cap
         epochs = self.share * context.recipe.epochs / self.passes
         phase = dataclasses.replace(context.recipe, epochs=epochs, schedule="constant", lr=self.lr)
-        keep, spent = dense.plan({}).keep, 0.0
+        plan, spent = dense.plan({}), 0.0
         history: dict[str, list[Any]] = {"scales": [], "widths": []}
-        for number, target in enumerate(targets):
+        for number, fraction in enumerate(fractions):
             seed = context.seed + APART * number
             hook = Penalty(self.penalty)
             run = fit(space.net, context.data, phase, seed=seed, hook=hook, progress=context.progress, label=self.name)
             scores = space.scores("bn_scale")
-            left = Budget(min(1.0, target * macs / space.macs(scope=budget.scope)), budget.scope)
+            present = dense.spent(budget)(dense.widths(plan))
+            left = budget.at(min(1.0, fraction / present))
             chosen = space.plan_for(protected(scores, self.cap), left, self.ranking)
-            keep = {name: tuple(keep[name][i] for i in kept) for name, kept in chosen.keep.items()}
+            plan = dense.plan({name: [plan.keep[name][i] for i in kept] for name, kept in chosen.keep.items()})
             space = ChannelSpace(space.shrink(chosen), example)
             spent += run.epochs
             history["scales"].append({name: score.numpy() for name, score in scores.items()})
-            history["widths"].append(chosen.widths)
-        return Pruned(space.net, dense.plan(keep), spent, history)
+            history["widths"].append(plan.widths)
+        return Pruned(space.net, plan, spent, history)
 
 
 class Penalty(Hook):

@@ -43,7 +43,7 @@ from torch import Tensor, fx, nn
 
 from prunelab import cost
 from prunelab.layers import AddConstant
-from prunelab.structure.graph import _IN_PLACE, UntraceableError, _Labeller, _modes_restored, _name, _trace
+from prunelab.structure.graph import _IN_PLACE, Channels, UntraceableError, _Labeller, _modes_restored, _name, _trace
 from prunelab.structure.plan import Plan
 from prunelab.structure.space import Cost, Group, Ranking, Scores, Space
 
@@ -86,14 +86,12 @@ class _Tail:
     shape: torch.Size  # of what the last layer puts out, for one image
     dim: int  # where its channels lie
 
-    def __call__(self, net: nn.Module, channels: Tensor) -> Tensor:
+    def __call__(self, run: fx.Interpreter, channels: Tensor) -> Tensor:
         """Return what the branch puts out, [1, C, …], if its last layer puts out these channels everywhere."""
         layout = [1] * len(self.shape)
         layout[self.dim] = len(channels)
-        run = fx.Interpreter(net, garbage_collect_values=False, graph=self.layer.graph)
         run.env = {self.layer: channels.view(layout).expand(self.shape)}
-        with torch.no_grad(), _modes_restored(net):
-            net.eval()
+        with torch.no_grad():
             for node in self.nodes:
                 run.env[node] = run.run_node(node)
         return run.env[(self.layer, *self.nodes)[-1]]
@@ -123,7 +121,7 @@ class BlockSpace(Space):
         with _modes_restored(net):
             search = _Search(net, example)
             self.branches = search.branches()
-        products = search.run.found.products
+        self._graph, products = search.graph, search.run.found.products
         gates = np.array([[p.module in b.layers for b in self.branches] for p in products], dtype=np.int64)
         gates = gates.reshape(len(products), len(self.branches))
         macs = [p.macs * (1 if p.reads is None else len(p.reads)) * len(p.writes) for p in products]
@@ -156,7 +154,7 @@ class BlockSpace(Space):
     def shrink(self, plan: Plan) -> nn.Module:
         """Return a network of the same class without the removed branches, whose weights are not copied."""
         gone = self._gone(plan)
-        constants = {branch.name: self._constant(branch) for branch in gone if branch.constant}
+        constants = self._constants(gone)
         dropped = {name for branch in gone for name in branch.tensors}
         tensors = (*self.net.named_parameters(), *self.net.named_buffers())
         small = copy.deepcopy(self.net, {id(tensor): tensor for name, tensor in tensors if name in dropped})
@@ -167,7 +165,8 @@ class BlockSpace(Space):
                 bias = small.get_submodule(branch.bias).get_parameter("bias").detach()  # the same memory
                 bias += constants.pop(branch.name).flatten()
         for path in sorted(blocks, reverse=True):  # inner blocks before those that hold them
-            cut = _without(small.get_submodule(path), blocks[path], constants)
+            block = small.get_submodule(path)
+            cut = fx.GraphModule(block, _without(block, blocks[path], constants), type(block).__name__)
             if not path:
                 return cut
             small.set_submodule(path, cut)
@@ -182,12 +181,17 @@ class BlockSpace(Space):
         self.check(plan)
         return [branch for branch in self.branches if not plan.keep[branch.name]]
 
-    def _constant(self, branch: Branch) -> Tensor:
-        """Return what is left of a branch whose last layer has zero weights, [C, 1, …]."""
-        last = self.net.get_submodule(branch.last)
-        weight = last.get_parameter("weight")
-        bias = weight.new_zeros(branch.tail.shape[branch.tail.dim]) if last.bias is None else last.bias.detach()
-        return _at_origin(branch.tail(self.net, bias))[0].clone()
+    def _constants(self, gone: Sequence[Branch]) -> dict[str, Tensor]:
+        """Return what branches leave behind whose last layer has zero weights, [C, 1, …]."""
+        found = {}
+        with _modes_restored(self.net):
+            run = _interpreter(self.net.eval(), self._graph)
+            for branch in gone:
+                if branch.constant:
+                    last, channels = self.net.get_submodule(branch.last), branch.tail.shape[branch.tail.dim]
+                    bias = last.get_parameter("bias") if last.bias is not None else last.weight.new_zeros(channels)
+                    found[branch.name] = _at_origin(branch.tail(run, bias))[0].detach().clone()
+        return found
 
     def _priority(self, scores: Scores, ranking: Ranking) -> NDArray[np.float64]:
         """Rank all branches against each other, whatever the ranking: none is in a group with another."""
@@ -212,6 +216,7 @@ class _Search:
         self.net = net
         root = copy.copy(net)  # where torch.fx puts the constants that it meets
         self.graph = _trace(root.eval())
+        self.values = _interpreter(net, self.graph)
         self.run = _Labeller(root, example)
         self.run.evaluate(self.graph)
         self.graph.eliminate_dead_code(lambda node: node.op in _ENDS or _in_place(net, node))
@@ -259,10 +264,11 @@ class _Search:
         """Return the branch of these nodes, or None if it cannot be removed exactly."""
         nodes = [node for node in self.graph.nodes if node in members]
         tensors = {name for node in nodes for name in self._tensors(node)}
-        stays = add.all_input_nodes[shortcut]
+        stays, summed = add.all_input_nodes[shortcut], self.run.channels[add]
         exact = (
-            self.run.env[stays].shape == self.run.env[nodes[-1]].shape
-            and self.run.channels[add].dim == 1
+            isinstance(summed, Channels)
+            and summed.dim == 1
+            and self.run.env[stays].shape == self.run.env[nodes[-1]].shape
             and all(block in _paths(node) for node in nodes)
             and all(node.op != "get_attr" or node.target in self.named for node in nodes)
             and all(members.issuperset(node.all_input_nodes) for node in nodes if _in_place(self.net, node))
@@ -271,19 +277,24 @@ class _Search:
         last = self._last(nodes) if exact else None
         if last is None:
             return None
-        behind = tuple(node for node in nodes if node not in {last, *_around(nodes, last)})
-        tail = _Tail(last, behind, self.run.env[last].shape, self.run.channels[last].dim)
-        layer = self.net.get_submodule(str(last.target))
-        weight = layer.get_parameter("weight")
-        trial = tail(self.net, torch.linspace(-1, 1, tail.shape[tail.dim], dtype=weight.dtype, device=weight.device))
+        tail = _Tail(
+            last,
+            tuple(node for node in nodes if node not in {last, *_around(nodes, last)}),
+            self.run.env[last].shape,
+            self.run.channels[last].dim,
+        )
+        weight = self.net.get_submodule(str(last.target)).get_parameter("weight")
+        zero = weight.new_zeros(tail.shape[tail.dim])
+        trial = tail(self.values, torch.linspace(-1, 1, len(zero)).to(zero))
         if not torch.allclose(trial, _at_origin(trial).expand_as(trial), rtol=1e-4, atol=1e-6):
-            return None  # the constant would be a map
-        always_zero = layer.bias is None and not any(self._tensors(node) for node in tail.nodes)
-        always_zero = always_zero and not tail(self.net, weight.new_zeros(tail.shape[tail.dim])).any()
+            return None  # what it leaves behind would not be the same everywhere
+        # A stream that is written over has to be a copy, which the sum with a constant is.
         overwritten = any(_in_place(self.net, reader) for reader in add.users)
-        names = f"{block}#{place + 1}" if place else block
+        adds_nothing = [name for node in (last, *tail.nodes) for name in self._tensors(node)] == [
+            f"{last.target}.weight"
+        ]
         return Branch(
-            name=names if block else add.name,
+            name=(f"{block}#{place + 1}" if place else block) if block else add.name,
             layers=tuple(dict.fromkeys(str(node.target) for node in nodes if self._is_layer(node))),
             last=str(last.target),
             tensors=frozenset(tensors),
@@ -291,7 +302,7 @@ class _Search:
             addition=place,
             shortcut=shortcut,
             bias=str(stays.target) if self._takes_bias(stays) else None,
-            constant=overwritten or not always_zero,
+            constant=overwritten or not adds_nothing or bool(tail(self.values, zero).any()),
             tail=tail,
         )
 
@@ -323,6 +334,10 @@ class _Search:
 
 _ENDS = ("placeholder", "output")
 _WITH_BIAS = (nn.Conv2d, nn.Linear)
+
+
+def _interpreter(net: nn.Module, graph: fx.Graph) -> fx.Interpreter:
+    return fx.Interpreter(net, garbage_collect_values=False, graph=graph)
 
 
 def _around(nodes: Sequence[fx.Node], layer: fx.Node) -> set[fx.Node]:
@@ -370,8 +385,8 @@ class _ShallowTracer(fx.Tracer):
         return True
 
 
-def _without(block: nn.Module, branches: Iterable[Branch], constants: Mapping[str, Tensor]) -> fx.GraphModule:
-    """Turn a block into what is left of it without some of the branches that it adds, plus constants, by branch."""
+def _without(block: nn.Module, branches: Iterable[Branch], constants: Mapping[str, Tensor]) -> fx.Graph:
+    """Trace a block without some of the branches that it adds; constants, by branch, become layers of the block."""
     graph = _ShallowTracer().trace(block)
     additions = [node for node in graph.nodes if _adds(node)]
     for branch in branches:
@@ -385,7 +400,7 @@ def _without(block: nn.Module, branches: Iterable[Branch], constants: Mapping[st
         add.replace_all_uses_with(left)
         graph.erase_node(add)
     graph.eliminate_dead_code(lambda node: node.op in _ENDS)
-    return fx.GraphModule(block, graph, type(block).__name__)
+    return graph
 
 
 def _check_training(net: nn.Module, branch: Branch) -> None:
@@ -393,13 +408,17 @@ def _check_training(net: nn.Module, branch: Branch) -> None:
 
     Layers may differ between the two, since they stay modules; the block's own forward is fixed when it is traced.
     """
-    block = net.get_submodule(branch.block)
-    codes = set()
+    block, graphs = net.get_submodule(branch.block), set()
     for mode in (True, False):
         probe = copy.copy(block)
         probe.training = mode
-        codes.add(_without(probe, [branch], {}).code)
-    if len(codes) > 1:
+        try:
+            graphs.add(str(_without(probe, [branch], {})))
+        except Exception as error:
+            raise UntraceableError(
+                f"{branch.block!r} of type {type(block).__name__} cannot be traced apart from its layers ({error})"
+            ) from error
+    if len(graphs) > 1:
         raise UntraceableError(
             f"cannot cut {branch.block!r} of type {type(block).__name__} safely: beside the branch, its forward "
             "computes something else in training than in evaluation. Use modules for that, such as nn.Dropout."

@@ -303,8 +303,8 @@ class _Labeller(fx.Interpreter):
             value = super().run_node(n)
         except Exception as error:
             raise ValueError(
-                f"the network does not accept an input like the example, {self.example.dtype} of shape "
-                f"{tuple(self.example.shape)}: {_name(n)!r} says {error}"
+                f"the network does not accept an input like the example{' in training' * self.module.training}, "
+                f"{self.example.dtype} of shape {tuple(self.example.shape)}: {_name(n)!r} says {error}"
             ) from None
         self.env[n] = value
         self.channels[n] = self._channels_of(n, value)
@@ -386,27 +386,33 @@ class _Labeller(fx.Interpreter):
         for axis in found.axes.values():
             distinct.setdefault((id(axis.units), axis.role == "out"), axis)
         axes = list(distinct.values())
-        places = np.stack([np.bincount(unit_of[axis.units], minlength=count) for axis in axes], axis=1)  # [units, axes]
-        writers = np.array([axis.role == "out" for axis in axes])
-        free = places[:, writers].sum(axis=1) > 0
+        alike = np.zeros(count, np.int64)  # a number that units share when they are in the same axes, equally often
+        writer = np.full(count, -1)  # the first axis that writes a unit
+        for index, axis in reversed(list(enumerate(axes))):
+            units, times = np.unique(unit_of[axis.units], return_counts=True)
+            _, number = np.unique(alike[units] * (times.max() + 1) + times, return_inverse=True)
+            alike[units] = alike.max() + 1 + number
+            if axis.role == "out":
+                writer[units] = index
+        free = writer >= 0
         free[unit_of[np.concatenate(found.pinned)]] = False
 
         # A stable numbering: units in the order of their first id, groups in the order of their first unit.
         _, leaders = np.unique(unit_of, return_index=True)
-        groups: dict[bytes, list[int]] = {}
+        groups: dict[int, list[int]] = {}
         for unit in np.argsort(leaders):
             if free[unit]:
-                groups.setdefault(places[unit].tobytes(), []).append(unit)
+                groups.setdefault(alike[unit], []).append(unit)
         number = np.full(count, -1)
         number[[unit for units in groups.values() for unit in units]] = np.arange(free.sum())
         unit_number = number[unit_of]
 
         names: list[str] = []
         written: Counter[str] = Counter()
-        for units in groups.values():
-            writer = axes[np.flatnonzero(places[units[0]] * writers)[0]].module
-            written[writer] += 1
-            names.append(f"{writer}#{written[writer]}" if written[writer] > 1 else writer)
+        for members in groups.values():
+            layer = axes[writer[members[0]]].module
+            written[layer] += 1
+            names.append(f"{layer}#{written[layer]}" if written[layer] > 1 else layer)
 
         def numbered(ids: Ids) -> Ids:
             return unit_number[ids]

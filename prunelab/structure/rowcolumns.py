@@ -189,7 +189,7 @@ class RowColumnSpace(Space):
 
 def _cost(rows: Cost, columns: Cost) -> Cost:
     """Let convolutions with columns read those, and the other layers channels."""
-    gathers = columns.reads.any(axis=1)
+    gathers = columns.reads.sum(axis=1) > 0
     return Cost(
         per_pair=columns.per_pair,
         reads=np.hstack([np.where(gathers[:, None], 0, rows.reads), columns.reads]),

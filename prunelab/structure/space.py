@@ -219,7 +219,7 @@ class Space(ABC):
                 groups.
 
         Raises:
-            ValueError: a budget below what must stay (one unit per group), a list of the wrong length, an unknown
+            ValueError: a budget below what every group has to keep, a list of the wrong length, an unknown
                 group, an illegal share, scores that do not fit the groups.
         """
         scores = self._checked(scores)
@@ -435,8 +435,8 @@ class Space(ABC):
         spent = self.spent(budget, scores)
         if (least := spent(widths(len(order)))) > budget.fraction:
             raise ValueError(
-                f"budget {budget.cost}={budget.fraction} cannot be met: one unit per group and every "
-                f"unit of infinite score must stay, which keeps {least:.4f} of the {budget.what}"
+                f"budget {budget.cost}={budget.fraction} cannot be met: what every group has to keep, and "
+                f"units of infinite score, are {least:.4f} of the {budget.what}"
             )
         low, high = 0, len(order)  # the budget is met after removing `high` units
         while low < high:
