@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,8 +77,9 @@ class ColumnConv2d(nn.Module):
     """A convolution that keeps some columns of its im2col matrix: y = W[:, K] · im2col(x)[K, :].
 
     Column j = (c·kh + dy)·kw + dx of the [out, C·kh·kw] matrix is the same (channel, y, x) position in every filter,
-    the group that SPP prunes. Only the kept rows of im2col(x) are gathered, so memory and arithmetic both fall with the
-    number of columns.
+    the group that SPP prunes. Only the kept rows of im2col(x) are gathered, then multiplied at once, so memory and
+    arithmetic both fall with the number of columns; so do the three products of training, which keeps the gathered rows
+    for the weights' gradient. A large batch goes through in blocks whose rows stay in the cache.
 
     Attributes:
         columns: kept column indices, sorted, int64 [K].
@@ -109,34 +111,100 @@ class ColumnConv2d(nn.Module):
         return dense.view(self.out_channels, self.in_channels, *self.kernel_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [N, C, H, W] to [N, out, H', W'].
+        """Map [N, C, H, W] to [N, out, H', W'], contiguous.
 
-        Under autograd the kernel is spread out again and convolved, because the gradient of a gather is a scatter that
-        costs more than the multiplications it saves.
+        An exported graph holds the dense convolution instead: other runtimes have no strided views to gather from.
         """
-        if torch.is_grad_enabled():
+        if torch.compiler.is_exporting():
             return F.conv2d(x, self.dense_weight(), self.bias, self.stride, self.padding, self.dilation)
-        rows = self._kept_rows(x)
-        y = self.weight @ rows.flatten(2)
-        if self.bias is not None:
-            y += self.bias[:, None]
-        return y.unflatten(2, rows.shape[2:])
+        im2col = _Im2col(self, x)
+        images = max(1, _BLOCK // (len(self.columns) * im2col.height * im2col.width))
+        blocks = [self._multiply(_Gather.apply(block, im2col)) for block in x.split(images)]
+        return torch.cat(blocks) if len(blocks) > 1 else blocks[0].contiguous()
 
-    def _kept_rows(self, x: Tensor) -> Tensor:
-        """Gather the kept rows of im2col(x), [N, K, H', W'], through a strided view of the padded input."""
-        (kh, kw), (sh, sw), (dh, dw) = self.kernel_size, self.stride, self.dilation
-        x = F.pad(x, (self.padding[1], self.padding[1], self.padding[0], self.padding[0])).contiguous()
-        height = (x.shape[2] - dh * (kh - 1) - 1) // sh + 1
-        width = (x.shape[3] - dw * (kw - 1) - 1) // sw + 1
-        n, c, y, z = x.stride()
-        windows = x.as_strided(
-            (x.shape[0], self.in_channels, kh, kw, height, width), (n, c, y * dh, z * dw, y * sh, z * sw)
-        )
-        channel, offset = self.columns // (kh * kw), self.columns % (kh * kw)
-        return windows[:, channel, offset // kw, offset % kw]
+    def _multiply(self, rows: Tensor) -> Tensor:
+        """Multiply gathered rows, [K, N, H', W'], by the weights: [N, out, H', W']."""
+        flat = rows.flatten(1)
+        y = self.weight @ flat if self.bias is None else torch.addmm(self.bias[:, None], self.weight, flat)
+        return y.unflatten(1, rows.shape[1:]).transpose(0, 1)
 
     def extra_repr(self) -> str:
         """Show what the layer computes and how much of it is left."""
         kh, kw = self.kernel_size
         kept = f"columns={len(self.columns)}/{self.in_channels * kh * kw}"
         return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, {kept}"
+
+
+_BLOCK = 2**20  # gathered values at a time, 4 MB in float32
+
+
+class _Im2col:
+    """The kept rows of im2col, for images of one size: the linear map `gather` and its adjoint `scatter`."""
+
+    def __init__(self, conv: ColumnConv2d, x: Tensor) -> None:
+        (kh, kw), (self.dy, self.dx) = conv.kernel_size, conv.dilation
+        assert not isinstance(conv.padding, str)
+        self.kernel, self.stride, self.padding = (kh, kw), conv.stride, conv.padding
+        self.size = x.shape[1:]
+        self.padded = self.size[1] + 2 * self.padding[0], self.size[2] + 2 * self.padding[1]
+        self.height = (self.padded[0] - self.dy * (kh - 1) - 1) // self.stride[0] + 1
+        self.width = (self.padded[1] - self.dx * (kw - 1) - 1) // self.stride[1] + 1
+        self.channel, self.offset = conv.columns // (kh * kw), conv.columns % (kh * kw)
+        rows = self.channel * self.padded[0] + self.offset // kw * self.dy
+        self.start = rows * self.padded[1] + self.offset % kw * self.dx  # where each row begins in a padded image
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Map [N, C, H, W] to the kept rows, [K, N, H', W'].
+
+        A row of im2col is the padded image read from the row's own start, all with the same strides. So the rows are
+        slices of one overlapping view, in which every place of the image is a start.
+        """
+        (top, left), (sy, sx) = self.padding, self.stride
+        x = F.pad(x, (left, left, top, top)).contiguous()
+        channels, (height, width) = self.size[0], self.padded
+        last = ((channels - 1) * height + (self.kernel[0] - 1) * self.dy) * width + (self.kernel[1] - 1) * self.dx
+        view = x.as_strided((last + 1, len(x), self.height, self.width), (1, channels * height * width, sy * width, sx))
+        return view.index_select(0, self.start)  # of dimension 0: for another, PyTorch would copy the whole view
+
+    def scatter(self, rows: Tensor) -> Tensor:
+        """Add up rows, [K, N, H', W'], where they were gathered: [N, C, H, W]."""
+        (top, left), (sy, sx) = self.padding, self.stride
+        x = rows.new_zeros(rows.shape[1], self.size[0], *self.padded)
+        for offset in range(self.kernel[0] * self.kernel[1]):  # at one offset, no two rows share a channel
+            y0, x0 = offset // self.kernel[1] * self.dy, offset % self.kernel[1] * self.dx
+            read = x[:, :, y0 : y0 + (self.height - 1) * sy + 1 : sy, x0 : x0 + (self.width - 1) * sx + 1 : sx]
+            (kept,) = torch.where(self.offset == offset)
+            read.index_add_(1, self.channel[kept], rows[kept].transpose(0, 1))
+        return x[:, :, top : top + self.size[1], left : left + self.size[2]]
+
+
+class _Gather(torch.autograd.Function):
+    """`_Im2col.gather`; autograd's own adjoint would fill a tensor of the overlapping view's size."""
+
+    @staticmethod
+    def forward(x: Tensor, im2col: _Im2col) -> Tensor:
+        return im2col.gather(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, _Im2col], output: Tensor) -> None:
+        ctx.im2col = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _Scatter.apply(gradient, ctx.im2col), None
+
+
+class _Scatter(torch.autograd.Function):
+    """`_Im2col.scatter`, whose gradient is a gather again."""
+
+    @staticmethod
+    def forward(rows: Tensor, im2col: _Im2col) -> Tensor:
+        return im2col.scatter(rows)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, _Im2col], output: Tensor) -> None:
+        ctx.im2col = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _Gather.apply(gradient, ctx.im2col), None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -154,11 +154,8 @@ class LayerByLayer:
         self.without_bias = _give_biases(self.dense)
         self.space = ChannelSpace(copy.deepcopy(self.dense), data.example)
         self.plan = self.space.plan({})
-        graph = _trace(self.dense)
-        self.frontier = Frontier(self.dense, graph, self.batches)
-        self.calls: dict[str, list[fx.Node]] = defaultdict(list)  # of each layer
-        for node in graph.nodes:
-            self.calls[str(node.target)].append(node)
+        self.calls = _calls(self.dense)
+        self.frontier = Frontier(self.dense, next(iter(self.calls.values()))[0].graph, self.batches)
 
     def prepare(self, widths: Mapping[str, int], *, check: bool = True) -> None:
         """Sample what the original network responds where groups, {group: channels kept}, will be cut.
@@ -173,7 +170,7 @@ class LayerByLayer:
         self.sums = {node: found for node in calls if (found := added_to(self.dense, node))}
         self.taps = {node: Tap(node, layer, of_input=False) for node, layer in calls.items()}
         self.taps |= {s.shortcut: Tap(s.shortcut, calls[node], of_input=False) for node, s in self.sums.items()}
-        self.targets = list(self.frontier.sample(self.taps, self.positions, self.seed))
+        self.targets = list(self.frontier.sample(self.taps, self.positions, self.seed)) if layers else []
 
     def readers(self, group: str) -> dict[str, Reconstruction]:
         """Return the layers that read a group, by name, with the moments of what they read and miss at present."""
@@ -249,14 +246,18 @@ class LayerByLayer:
         return _Part(inputs, outputs, channel, weight[outputs][:, inputs], bias[outputs])
 
     def _check(self, widths: Mapping[str, int]) -> None:
-        space, left = self.space, dict(self.plan.widths)
+        left, products = dict(self.plan.widths), self.space.coupling.products
+        layers = {product.module for name in widths for product in readers_of(self.space, name)}
+        shapes = _input_shapes(self.dense, layers, self.batches[0][:1])
         for group, width in widths.items():
             left[group] = width
-            for product in readers_of(space, group):
-                row = space.coupling.products.index(product)
-                area = _layer(self.dense, product.module).weight[0, 0].numel()
-                rows = sum(map(len, self.batches)) * min(self.positions, product.macs // area)
-                columns = area * int(space.widths(left) @ space.cost.reads[row] + space.cost.reads_fixed[row])
+            for product in readers_of(self.space, group):
+                assert product.reads is not None
+                row, layer = products.index(product), _layer(self.dense, product.module)
+                channels = self.space.widths(left) @ self.space.cost.reads[row] + self.space.cost.reads_fixed[row]
+                seen = patches(layer, torch.ones(shapes[product.module])).flatten(3)
+                rows = sum(map(len, self.batches)) * min(self.positions, seen.shape[1] * seen.shape[2])
+                columns = int(seen.any((0, 1, 2)).sum() * channels) // len(product.reads)  # padding alone is no unknown
                 check_rows(rows, columns, f"layer {product.module!r}")
 
 
@@ -310,16 +311,27 @@ def with_samplers(net: nn.Module, example: Tensor) -> nn.Module:
         UntraceableError: the network cannot be cut safely.
     """
     net = copy.deepcopy(net).eval()
-    space, graph = ChannelSpace(net, example), _trace(net)
-    streams = [unit for group in space.groups if space.is_sum(group.name) for unit in space.units(group.name)]
-    calls = {str(node.target): node for node in graph.nodes}
+    space, calls = ChannelSpace(net, example), _calls(net)
+    shared = [unit for group in streams(space) for unit in space.units(group)]
     for product in space.coupling.products:
-        reads_stream = product.kind == "conv" and product.reads is not None and np.isin(product.reads, streams).all()
-        if reads_stream and not added_to(net, calls[product.module]):
+        reads_stream = product.kind == "conv" and product.reads is not None and np.isin(product.reads, shared).all()
+        if reads_stream and not added_to(net, calls[product.module][0]):
             conv = _layer(net, product.module)
             chosen: OrderedDict[str, nn.Module] = OrderedDict(select=ChannelSelection(conv.weight.shape[1]), conv=conv)
             net.set_submodule(product.module, nn.Sequential(chosen).eval())
     return net
+
+
+def streams(space: ChannelSpace) -> list[str]:
+    """Return the groups that shortcuts read: sums of several layers, and what a projection reads beside a branch."""
+    calls = _calls(space.net)
+    found = []
+    for group in space.groups:
+        readers = readers_of(space, group.name)
+        projected = any(added_to(space.net, calls[reader.module][0]) for reader in readers)
+        if space.is_sum(group.name) or (projected and len(readers) > 1):
+            found.append(group.name)
+    return found
 
 
 def readers_of(space: ChannelSpace, group: str) -> list[Product]:
@@ -332,6 +344,20 @@ def _layer(net: nn.Module, name: str) -> nn.Conv2d | nn.Linear:
     layer = net.get_submodule(name)
     assert isinstance(layer, nn.Conv2d | nn.Linear)
     return layer
+
+
+def _input_shapes(net: nn.Module, layers: Collection[str], images: Tensor) -> dict[str, torch.Size]:
+    """Return the shape of what layers of a network read, by name."""
+    shapes: dict[str, torch.Size] = {}
+    hooks = [
+        _layer(net, name).register_forward_pre_hook(lambda _, x, name=name: shapes.update({name: x[0].shape}))
+        for name in layers
+    ]
+    with torch.no_grad():
+        net(images)
+    for hook in hooks:
+        hook.remove()
+    return shapes
 
 
 def _bias(layer: nn.Conv2d | nn.Linear) -> Tensor:
@@ -355,5 +381,9 @@ class _Tracer(fx.Tracer):
         return not any(m.children()) or super().is_leaf_module(m, module_qualified_name)
 
 
-def _trace(net: nn.Module) -> fx.Graph:
-    return _Tracer().trace(net)
+def _calls(net: nn.Module) -> dict[str, list[fx.Node]]:
+    """Trace a network; return the calls of each layer."""
+    calls = defaultdict(list)
+    for node in _Tracer().trace(net).nodes:
+        calls[str(node.target)].append(node)
+    return calls

@@ -19,7 +19,7 @@ from sklearn.linear_model import lars_path_gram
 from torch import Tensor
 
 BLOCKS = 8  # of columns, of which only those on and above the diagonal of XᵀX are multiplied
-RIDGE = 1e-6  # of the mean variance of a column
+RIDGE = 1e-6  # of the norm of the covariance: products of float32 cannot tell less from zero
 
 Key = TypeVar("Key")
 
@@ -27,7 +27,8 @@ Key = TypeVar("Key")
 class Moments:
     """The first and second moments of rows x [N, columns] and y [N, outputs], added up batch by batch in float64.
 
-    Products are taken in the rows' own precision: float64 rows give moments exact to float64.
+    Products are taken in the rows' own precision: float64 rows give moments exact to float64. The mean of the first
+    batch is taken off before, so that a mean far from zero costs no digits.
     """
 
     def __init__(self, columns: int, outputs: int, device: torch.device | str = "cpu") -> None:
@@ -35,11 +36,15 @@ class Moments:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
         self.rows = 0
+        self._origin = torch.zeros(columns, device=device)
         self._x, self._y = zeros(columns), zeros(outputs)
         self._xx, self._xy, self._yy = zeros(columns, columns), zeros(columns, outputs), zeros(outputs)
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add some rows."""
+        if self.rows == 0:
+            self._origin = x.mean(0)
+        x = x - self._origin
         self.rows += len(x)
         self._x += x.sum(0, dtype=torch.float64)
         self._y += y.sum(0, dtype=torch.float64)
@@ -53,7 +58,7 @@ class Moments:
     @property
     def mean_x(self) -> Tensor:
         """Mean row x, [columns]."""
-        return self._x / self.rows
+        return self._origin + self._x / self.rows
 
     @property
     def mean_y(self) -> Tensor:
@@ -64,12 +69,13 @@ class Moments:
     def xx(self) -> Tensor:
         """Covariance of x, [columns, columns]."""
         upper = self._xx.triu()
-        return (upper + upper.triu(1).T) / self.rows - self.mean_x.outer(self.mean_x)
+        mean = self._x / self.rows
+        return (upper + upper.triu(1).T) / self.rows - mean.outer(mean)
 
     @property
     def xy(self) -> Tensor:
         """Covariance of x and y, [columns, outputs]."""
-        return self._xy / self.rows - self.mean_x.outer(self.mean_y)
+        return self._xy / self.rows - (self._x / self.rows).outer(self.mean_y)
 
     @property
     def yy(self) -> float:
@@ -118,7 +124,7 @@ class Reconstruction:
 
             min over ΔW, Δb of ||Y − X_K·(W_K + ΔW)ᵀ − b − Δb||²/N + ridge·||ΔW||²
 
-        The ridge, 1e-6 of a kept column's mean variance, decides where the samples do not. It holds the weights where
+        The ridge, 1e-6 of the norm of X_K's covariance, decides where the samples do not. It holds the weights where
         they were and not at zero: so a whole layer gets its own weights back, and the error is never above that of
         `cut`.
 
@@ -126,10 +132,10 @@ class Reconstruction:
             ValueError: there are fewer rows than unknowns.
         """
         kept = self.kept(channels)
-        check_rows(self.rows, int(kept.sum()))
+        check_rows(self.rows, int((self.xx.diagonal()[kept] > 0).sum()))
         lost = self.weight[:, ~kept].T
         covariance = self.xx[kept][:, kept]
-        covariance.diagonal().add_(RIDGE * covariance.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny))
+        covariance.diagonal().add_(RIDGE * covariance.norm().clamp_min(torch.finfo(torch.float64).tiny))
         factor = torch.linalg.cholesky(covariance)
         step = torch.cholesky_solve(self.xe[kept] + self.xx[kept][:, ~kept] @ lost, factor)
         change = -self.weight

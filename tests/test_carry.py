@@ -16,7 +16,7 @@ from prunelab.structure import ChannelSpace, ColumnSpace
 
 OPTIMISERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
     "momentum": lambda p: SGD(p, lr=0.05, momentum=0.9, nesterov=True),
-    "Adam": lambda p: Adam(p, lr=0.01),
+    "Adam": lambda p: Adam(p, lr=0.01, amsgrad=True),
     "groups": lambda p: SGD([{"params": p[:2], "lr": 0.1}, {"params": p[2:]}], lr=0.01, momentum=0.5),
 }
 
@@ -56,6 +56,45 @@ def test_training_goes_on_as_if_nothing_had_happened(
     expected = space.cut(plan, dict(masked.named_parameters()))
     for key, value in small.named_parameters():
         torch.testing.assert_close(value, expected[key], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("unit", [ChannelSpace, ColumnSpace])
+def test_what_is_carried_is_a_copy(unit: type[ChannelSpace] | type[ColumnSpace]) -> None:
+    """Of what the plan leaves whole, and of step counts, the new optimiser has its own."""
+    net, images = models.build("convnet", shape=(1, 8, 8), seed=0), torch.zeros(2, 1, 8, 8)
+    optimizer = Adam(net.parameters())
+    step(net, optimizer, images, torch.tensor([0, 1]))
+    space = unit(net, images)
+    plan = space.plan({space.groups[0].name: [0]})
+    carried = [space.carry(plan, optimizer, space.shrink(plan)) for _ in range(2)]
+    states = [[value for state in o.state.values() for value in state.values()] for o in (optimizer, *carried)]
+    places = [value.data_ptr() for state in states for value in state]
+    assert len(set(places)) == len(places) == 3 * 3 * len(list(net.parameters()))
+
+
+def test_weights_shared_by_layers_carry_their_state_once() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(1, 4, 1), nn.Conv2d(4, 5, 1), nn.Conv2d(4, 5, 1)
+            self.b.weight = self.c.weight
+            self.d = nn.Conv2d(5, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:  # c runs before b, which is registered first
+            return self.d(self.c(self.a(x)) + self.b(self.a(x))).mean((2, 3))
+
+    net, images = Twice(), torch.ones(2, 1, 3, 3)
+    optimizer = SGD(net.parameters(), lr=0.1, momentum=0.9)
+    step(net, optimizer, images, torch.tensor([0, 1]))
+    space = ChannelSpace(net, images)
+    plan = space.plan({"a": [0, 2], "c": [1, 3, 4]})
+    small = space.shrink(plan)
+    torch.testing.assert_close(small(images), space.mask(plan)(images))
+    carried = space.carry(plan, optimizer, small)
+    momentum = optimizer.state[net.b.weight]["momentum_buffer"]
+    assert torch.equal(carried.state[small.b.weight]["momentum_buffer"], momentum[[1, 3, 4]][:, [0, 2]])
+    step(small, carried, images, torch.tensor([0, 1]))
+    assert small.b.weight is small.c.weight
 
 
 def test_a_stale_optimiser_refuses_to_step() -> None:

@@ -66,7 +66,7 @@ def choose(reader: Reconstruction, count: int, selection: Selection = "lasso", c
 
 
 def test_streamed_moments_are_those_of_all_rows() -> None:
-    x, weight, bias, y = rows(0, count=1000, channels=9, per=3)
+    x, _, _, y = rows(0, count=1000, channels=9, per=3)
     moments = Moments(27, 3)
     for a, b in zip(x.split(37), y.split(37), strict=True):
         moments.add(a, b)
@@ -98,8 +98,30 @@ def test_errors_are_those_of_the_rows() -> None:
     assert reader.variance == pytest.approx(float((y - y.mean(0)).square().sum() / len(x)), rel=1e-9)
 
 
+def test_a_mean_far_from_zero_costs_no_digits() -> None:
+    """Float32 rows around 1000: their moments are those of the rows around 0."""
+    near = torch.randn(4000, 6, generator=torch.Generator().manual_seed(0))
+    far = near + 1000
+    moments = Moments(6, 1)
+    for part in far.split(500):
+        moments.add(part, torch.zeros(len(part), 1))
+    expected = torch.cov(far.double().T, correction=0)
+    torch.testing.assert_close(moments.xx, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(moments.mean_x, far.double().mean(0), rtol=1e-7, atol=0)
+
+
+def test_float32_rows_with_one_dominant_direction_can_be_solved() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3000, 1, generator=generator) @ torch.rand(1, 400, generator=generator)
+    x += 1e-4 * torch.randn(3000, 400, generator=generator)
+    moments, weight = Moments(400, 2), torch.randn(2, 400, generator=generator)
+    moments.add(x, torch.zeros(3000, 2))
+    reader = Reconstruction(weight, torch.arange(400), moments)
+    assert reader.error(*reader.solve(range(100))) < 1e-3 * reader.error(*reader.cut(range(100)))
+
+
 def test_all_channels_get_their_own_weights_back() -> None:
-    x, weight, bias, _ = rows(3)
+    x, weight, _, _ = rows(3)
     x = torch.cat([x[:, :8], x[:, :2]], 1)  # the last channel copies the first: only the ridge can tell them apart
     moments = Moments(10, 3)
     moments.add(x, torch.zeros(len(x), 3, dtype=torch.float64))
@@ -107,7 +129,7 @@ def test_all_channels_get_their_own_weights_back() -> None:
     assert change.abs().max() < 1e-9 and shift.abs().max() < 1e-9
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10_000), count=st.integers(1, 5), selection=st.sampled_from(SELECTIONS))
 def test_reconstruction_is_never_worse_than_selection_alone(seed: int, count: int, selection: Selection) -> None:
     reader, _ = problem(seed, count=30)
@@ -136,7 +158,7 @@ def test_lasso_of_orthogonal_channels_by_hand() -> None:
     assert lasso(torch.eye(3, dtype=torch.float64), q, torch.ones(3, dtype=torch.float64), 2) == [1, 2]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10_000))
 def test_every_point_of_the_path_solves_its_lasso(seed: int) -> None:
     """The subgradient conditions: |q − Gβ| <= λ, with equality and the sign of β where β is not 0."""
@@ -161,7 +183,7 @@ def test_error_falls_along_the_path() -> None:
 
 
 def test_gram_is_that_of_the_channels_contributions() -> None:
-    reader, (x, weight, bias, y) = problem(5)
+    reader, (x, weight, _, y) = problem(5)
     parts = torch.stack([x[:, 2 * i : 2 * i + 2] @ weight[:, 2 * i : 2 * i + 2].T for i in range(5)])
     z = (parts - parts.mean(1, keepdim=True)).flatten(1)
     gram, q = reader.gram(5)
@@ -182,19 +204,31 @@ def test_columns_that_cannot_go_are_taken_as_they_are() -> None:
     assert fixed.kept([1]).tolist() == [True, True, False, False, True, True, False, False, False, False]
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_lasso_against_every_subset(seed: int) -> None:
-    """Of all subsets of its size LASSO's is among the better half, and the whole is the best."""
-    reader, _ = problem(seed)
-    for count in range(1, 6):
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_lasso_against_every_subset(count: int) -> None:
+    """After least squares, on average at most one of all the subsets of its size beats LASSO's; a coin would be 4.5."""
+    better = []
+    for seed in range(12):
+        reader, _ = problem(seed)
         errors = {kept: reader.error(*reader.solve(kept)) for kept in itertools.combinations(range(5), count)}
         found = errors[tuple(choose(reader, count))]
-        assert min(errors.values()) <= found <= np.median(list(errors.values())) * (1 + 1e-9)
+        better.append(sum(error < found - 1e-12 for error in errors.values()))
+    assert np.mean(better) <= 1
+
+
+@settings(max_examples=25, deadline=None)
+@given(q=st.lists(st.integers(-50, 50), min_size=5, max_size=5, unique_by=abs), count=st.integers(1, 5))
+def test_lasso_of_orthogonal_channels_is_the_best_subset(q: list[int], count: int) -> None:
+    """With G = I a subset K, its β refitted, leaves ||y||² − Σ_K q²."""
+    target = torch.tensor(q, dtype=torch.float64)
+    left = {kept: -target[list(kept)].square().sum().item() for kept in itertools.combinations(range(5), count)}
+    found = lasso(torch.eye(5, dtype=torch.float64), target, torch.ones(5, dtype=torch.float64), count)
+    assert left[tuple(found)] == min(left.values())
 
 
 def test_lasso_finds_the_channels_that_alone_matter() -> None:
     for seed in range(8):
-        x, weight, bias, _ = rows(seed)
+        x, weight, _, _ = rows(seed)
         weight.view(3, 5, 2)[:, [0, 3]] *= 1e-3
         moments = Moments(10, 3)
         moments.add(x, torch.zeros(len(x), 3, dtype=torch.float64))
@@ -204,7 +238,7 @@ def test_lasso_finds_the_channels_that_alone_matter() -> None:
         assert choose(reader, 3) == [1, 2, 4]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10_000), channels=st.integers(1, 40), data=st.data())
 def test_the_count_is_exact(seed: int, channels: int, data: st.DataObject) -> None:
     count = data.draw(st.integers(1, channels))
@@ -213,7 +247,7 @@ def test_the_count_is_exact(seed: int, channels: int, data: st.DataObject) -> No
 
 
 def test_channels_that_do_not_vary_go_first_and_the_count_stays_exact() -> None:
-    x, weight, bias, _ = rows(7)
+    x, weight, _, _ = rows(7)
     x[:, [2, 3, 8, 9]] = 1.5
     moments = Moments(10, 3)
     moments.add(x, torch.zeros(len(x), 3, dtype=torch.float64))
@@ -321,11 +355,11 @@ def test_widths_are_those_of_every_method_at_the_budget(
         assert all(kept == tuple(range(len(kept))) for kept in pruned.plan.keep.values())
 
 
-@pytest.mark.parametrize("model", ["convnet-bn", "model-c", "resnet20-b", "resnet164", "densenet40"])
+@pytest.mark.parametrize("model", ["convnet-bn", "model-c", "resnet20", "resnet20-b", "densenet40"])
 def test_the_masked_network_with_the_new_weights_is_the_shrunk_one(model: str, context: Context) -> None:
     net = build(model, shape=SHAPE, width=0.25, seed=0)
-    method, (images, _) = ChannelPruning(images=100), next(context.data.batches("val", 8))
-    run = LayerByLayer(net, context.data, 100, 10, accumulated=True, seed=0)
+    method, (images, _) = ChannelPruning(), next(context.data.batches("val", 8))
+    run = LayerByLayer(net, context.data, 250, 10, accumulated=True, seed=0)
     widths = method.widths(run.space, Budget(macs=0.5))
     some = {name: width for name, width in widths.items() if width < run.plan.widths[name]}
     some = dict(list(some.items())[:: max(1, len(some) // 4)])
@@ -343,7 +377,24 @@ def test_too_few_samples_are_refused_before_any_work(trained: nn.Module, context
     pruned_by(trained, context, images=10, reconstruct=False)
 
 
+def test_columns_that_only_padding_fills_are_no_unknowns(context: Context) -> None:
+    """model-c's last convolution sees maps of one pixel: one column of nine, and one position per image."""
+    net = build("model-c", shape=SHAPE, width=0.25, seed=0)
+    run = LayerByLayer(net, context.data, 30, 10, accumulated=True, seed=0)
+    run.prepare({"conv3": 29})
+    with pytest.raises(ValueError, match=r"layer 'conv4': 30 samples for 31 unknowns per output; at least 31"):
+        run.prepare({"conv3": 30})
+
+
 # -- residual networks ------------------------------------------------------------------------------------------------
+
+
+def stream(net: nn.Module, images: Tensor) -> Tensor:
+    """What the classifier of a `Block` reads: the mean of the block's output."""
+    seen: list[Tensor] = []
+    with net.linear.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0])):
+        net(images)
+    return seen[0]
 
 
 class Block(nn.Module):
@@ -372,15 +423,15 @@ def block(context: Context) -> Block:
 def test_samplers_feed_the_branch_only(block: Block, context: Context) -> None:
     space = ChannelSpace(with_samplers(block, context.data.example), context.data.example)
     assert isinstance(space.net.conv1[0], ChannelSelection)
-    assert [(group.name, group.size) for group in space.groups] == [("stem", 6), ("conv1.select", 6), ("conv1.conv", 8)]
+    assert [(group.name, group.size) for group in space.groups] == [("conv1.select", 6), ("conv1.conv", 8)]
     small = space.shrink(space.plan({"conv1.select": [1, 4]}))
     assert small.conv1.conv.in_channels == 2 and small.stem.out_channels == 6 and small.linear.in_features == 6
 
 
 def test_only_first_convolutions_of_branches_get_samplers() -> None:
     example = torch.zeros(1, 3, 32, 32)
-    for model, expected in (("resnet20-b", 9), ("resnet164", 54), ("vgg16", 0)):
-        net = with_samplers(build(model, seed=0, width=0.25), example)
+    for model, expected in (("resnet20", 9), ("resnet20-b", 9), ("resnet164", 54), ("vgg11", 0)):
+        net = with_samplers(build(model, seed=0, width=0.1), example)
         chosen = [name for name, m in net.named_modules() if isinstance(m, ChannelSelection)]
         assert len(chosen) == expected and all(name.endswith("conv1.select") for name in chosen)
 
@@ -407,12 +458,9 @@ def test_the_branch_repairs_a_disturbed_shortcut(block: Block, context: Context)
             run.sums = {}
         readers = run.readers("conv1.conv")
         run.cut("conv1.conv", ChannelPruning().select([*readers.values()], 8, 5), readers)
-        sums: dict[str, Tensor] = {}
-        for name, net in (("original", run.dense), ("pruned", run.shrunk())):
-            net.linear.register_forward_pre_hook(lambda m, inputs, name=name: sums.update({name: inputs[0]}))
-            with torch.no_grad():
-                net(images)
-        found[aim] = float((sums["original"] - sums["pruned"]).square().mean())
+        with torch.no_grad():
+            original, pruned = (stream(net, images) for net in (run.dense, run.shrunk()))
+        found[aim] = float((original - pruned).square().mean())
     assert found["sum"] < 0.8 * found["branch"]
 
 
@@ -431,12 +479,11 @@ def test_an_intercept_goes_into_the_batch_norm_or_stays_a_bias(block: Block, con
 )
 def test_one_to_one_and_a_half_in_vgg16(target: int, shallow: tuple[int, int, int], deep: int) -> None:
     """VGG-16 at 224 pixels, convolutions only; the sheet's widths are those of the exact real factor."""
-    space = ChannelSpace(vgg16 := build("torchvision/vgg16", shape=(3, 224, 224)), torch.zeros(1, 3, 224, 224))
-    convs = [name for name, m in vgg16.named_modules() if isinstance(m, nn.Conv2d)]
+    space = ChannelSpace(build("vgg16", shape=(3, 224, 224), seed=0), torch.zeros(1, 3, 224, 224))
+    convs = [f"conv{i}" for i in range(1, 14)]
     assert space.macs(scope="conv") == 15_346_630_656
     expected = [n for n, times in zip((*shallow, deep), (2, 2, 3, 3), strict=True) for _ in range(times)]
-    ratios = dict(zip(convs, RATIOS["vgg16"].values(), strict=False))
-    found = ChannelPruning(ratios=ratios).widths(space, Budget(macs=1 / target, scope="conv"))
+    found = ChannelPruning(ratios=RATIOS["vgg16"]).widths(space, Budget(macs=1 / target, scope="conv"))
     kept = space.macs(found, scope="conv") * target / space.macs(scope="conv")
     assert 0.98 < kept <= 1
     assert max(abs(found[name] - width) for name, width in zip(convs, expected, strict=False)) <= 1

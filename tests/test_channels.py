@@ -26,8 +26,7 @@ TORCHVISION = {
 
 LARGER = (  # on the meta device: counted, not computed
     "vgg16_bn", "vgg19", "resnet152", "resnext101_32x8d", "wide_resnet50_2", "densenet201", "mobilenet_v3_large",
-    "mnasnet1_3", "efficientnet_b3", "efficientnet_v2_s", "regnet_x_8gf", "regnet_y_8gf", "shufflenet_v2_x2_0",
-    "convnext_small",
+    "mnasnet1_3", "efficientnet_b3", "efficientnet_v2_s", "shufflenet_v2_x2_0", "convnext_small",
 )  # fmt: skip
 
 
@@ -92,10 +91,7 @@ def network(name: str) -> tuple[nn.Module, Tensor]:
         options = {"init_weights": True} if name == "googlenet" else {}
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            if name in REDUCED:
-                net = REDUCED[name]()
-            else:
-                net = zoo.get_model(name, weights=None, num_classes=7, **options)
+            net = REDUCED[name]() if name in REDUCED else zoo.get_model(name, weights=None, num_classes=7, **options)
             if name in ("alexnet", "vgg11_bn"):  # 4096 hidden units take most of the memory and prove nothing more
                 hidden = [m for m in net.classifier if isinstance(m, nn.Linear)]
                 sizes = (hidden[0].in_features, 32, 16, 7)
@@ -429,6 +425,18 @@ def test_ties_say_where_they_come_from() -> None:
     assert why("layer used twice") == {"shared weights"}
 
 
+def test_a_padding_used_twice_pads_alike() -> None:
+    net = Net(
+        lambda s, x: s.c(s.pad(s.a(x)) * s.pad(s.b(x))), a=conv(3, 2), b=conv(3, 2), pad=ZeroPadChannels(1, 2),
+        c=nn.Sequential(conv(5, 4), conv(4, 2)),
+    )  # fmt: skip
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    space = ChannelSpace(randomise(net).eval(), x)
+    assert {group.name: group.size for group in space.groups} == {"a": 2, "c.0": 4}
+    with torch.no_grad():
+        assert_mask_is_shrink(space, x, space.plan({"a": [1]}))
+
+
 def test_weights_shared_by_two_layers_are_cut_once() -> None:
     net = Net(lambda s, x: s.c(s.b(s.a(x)) + s.b2(s.a(x))), a=conv(3, 4), b=conv(4, 5), b2=conv(4, 5), c=conv(5, 2))
     net.b2.weight = net.b.weight
@@ -462,6 +470,8 @@ def test_training_goes_as_in_the_masked_network(name: str) -> None:
     for module in net.modules():
         if isinstance(module, nn.Dropout | zoo.efficientnet.StochasticDepth):
             module.p = 0.0  # chance would differ
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eps = 0.1  # two images may all but agree in a channel: rounding is not to be divided by nothing
     space = ChannelSpace(net, x)
     plan = plans(space)["random"]
     masked, small = space.mask(plan).train(), space.shrink(plan).train()
@@ -471,7 +481,7 @@ def test_training_goes_as_in_the_masked_network(name: str) -> None:
         outputs.append(torch.cat(found) if isinstance(found, tuple) else found)
         nn.functional.cross_entropy(outputs[-1], torch.arange(len(outputs[-1])) % 7).backward()
     assert len(outputs[0]) == len(x) * {"googlenet": 3, "inception_v3": 2}.get(name, 1)
-    assert_same(*outputs)
+    assert_same(*(output.detach() for output in outputs))
     assert all(parameter.grad.isfinite().all() for parameter in small.parameters())
     gradients = {key: parameter.grad for key, parameter in masked.named_parameters()}
     expected = space.cut(plan, gradients)
@@ -487,9 +497,8 @@ def test_auxiliary_heads_are_cut_where_they_read() -> None:
     plan = plans(space)["random"]
     small = space.shrink(plan)
     for head, block in ((small.aux1, "inception4a"), (small.aux2, "inception4d")):
-        read = sum(
-            plan.widths[f"{block}.{branch}.conv"] for branch in ("branch1", "branch2.1", "branch3.1", "branch4.1")
-        )
+        last = ("branch1", "branch2.1", "branch3.1", "branch4.1")
+        read = sum(plan.widths[f"{block}.{branch}.conv"] for branch in last)
         assert head.conv.conv.weight.shape[:2] == (128, read)
         assert head.fc1.weight.shape == (1024, 2048)
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from prunelab.layerwise import LayerByLayer, readers_of
+from prunelab.layerwise import LayerByLayer, readers_of, streams
 from prunelab.methods.base import Pruned
 from prunelab.reconstruction import Reconstruction, lasso
 from prunelab.structure import Budget, ChannelSpace
@@ -93,8 +93,8 @@ class ChannelPruning:
         return Pruned(run.shrunk(), run.plan, read, {"errors": errors})
 
     def widths(self, space: ChannelSpace, budget: Budget) -> dict[str, int]:
-        """Return how many channels each group keeps: a sum of several layers all, the others as `ratios` says."""
-        whole = {group.name for group in space.groups if space.is_sum(group.name) or not readers_of(space, group.name)}
+        """Return how many channels each group keeps: what shortcuts read all, the others as `ratios` says."""
+        whole = {*streams(space), *(group.name for group in space.groups if not readers_of(space, group.name))}
         if self.ratios is None:
             scores = {g.name: torch.full((g.size,), torch.inf if g.name in whole else 0.0) for g in space.groups}
             return space.plan_for(scores, budget).widths

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from prunelab.methods.base import Pruned, space_of
 from prunelab.structure import BlockSpace, Budget, Plan, RowColumnSpace, Space
+from prunelab.structure.space import Ranking
 from prunelab.training import Context, Hook, State, fit
 
 Update = Literal["subgradient", "proximal"]
@@ -49,7 +50,7 @@ class SSL:
     The objective is E(W) = E_D(W) + λ·R(W) + λ_g·Σ_l m_l·Σ_g ||W_l^(g)||₂; λ·R is the recipe's weight decay.
 
     The paper searches λ_g by whole trainings. Here it follows the budget within one: the penalty alone, pulling each
-    norm by m·λ_g·η in a step (η = lr / (1 − momentum)), is to bring the groups that the budget takes to zero by the end
+    norm by λ_g·m·η in a step (η = lr / (1 − momentum)), is to bring the groups that the budget takes to zero by the end
     of the phase. With ν the largest norm / m among these now and T steps to go, that is λ_g = ν / (η·T), found anew
     every 20 steps, as the loss pulls back. Then the groups of least norm / m go, zeros before all others, until the
     budget is met; what is cut cannot come back, which is the paper's freezing of zeros.
@@ -62,18 +63,18 @@ class SSL:
     update: "subgradient", the paper's: λ_g·m·W/||W^(g)|| joins the gradient, 0 where the norm is 0, and weights below
         1e-4 become zero after each update. "proximal": after the plain update every norm loses λ_g·m·η, or becomes
         zero, W <- W·max(0, 1 - λ_g·m·η / ||W^(g)||), exact for one structure and one structure after the other for two.
+    ranking: "global", the paper's: one λ_g, and norms decide how much each layer loses; "layer": the same share of
+        every group goes, and each has the λ_g that takes it there.
     multipliers: m. None: 1 everywhere, the paper's plain norm. "sqrt": √(weights in the group / 128), which makes the
-        column multipliers of the released AlexNet configuration. "scale": the mean norm of the layer's groups at the
-        start, so that norms are compared with their layer's; behind batch norm the scale of a layer says nothing (our
-        choice, not the paper's). Or numbers >= 0, {structure: {layer: m}}, 1 where nothing is said: what has m = 0 is
-        never removed.
+        column multipliers of the released AlexNet configuration. Or numbers >= 0, {structure: {layer: m}}, 1 where
+        nothing is said: what has m = 0 is never removed.
     share: of the context's epochs, in (0, 1], that the phase takes.
     lr: constant learning rate of the phase, > 0.
 
     Raises ValueError naming the field, its value and the legal ones; when called, before any training, for multipliers
     of unknown layers, a network without such units, and a budget that cannot be met.
-    `Pruned.history` has "lambda_g", λ_g at every look, and "norms": {group: norm / m, [looks, size]}; there is a look
-    before the first step, every 20 steps, and after the last.
+    `Pruned.history` has "lambda_g", {group: λ_g at each look}, and "norms", {group: norm / m, [looks + 1, size]}. There is
+    a look every 20 steps, the first before any; the last norms are those at the cut.
     """
 
     name: ClassVar[str] = "ssl"
@@ -81,23 +82,26 @@ class SSL:
     lambda_g: float | None = None
     unit: str = "filters+columns"
     update: Update = "subgradient"
+    ranking: Ranking = "global"
     multipliers: Mapping[str, Mapping[str, float]] | str | None = None
     share: float = 0.5
     lr: float = 0.01
 
     def __post_init__(self) -> None:
         """Check every field."""
-        given = self.multipliers if isinstance(self.multipliers, Mapping) else {}
-        known = self.unit in UNITS and set(given) <= set(UNITS[self.unit][1])
+        numbers = self.multipliers if isinstance(self.multipliers, Mapping) else None
         for field, legal, valid in (
             ("lambda_g", "a finite number >= 0, or None", self.lambda_g is None or 0 <= self.lambda_g < math.inf),
             ("unit", f"one of {', '.join(map(repr, UNITS))}", self.unit in UNITS),
             ("update", f"one of {', '.join(map(repr, get_args(Update)))}", self.update in get_args(Update)),
+            ("ranking", f"one of {', '.join(map(repr, get_args(Ranking)))}", self.ranking in get_args(Ranking)),
             (
                 "multipliers",
-                "None, 'sqrt', 'scale', or {structure of the unit: {layer: a finite number >= 0}}",
-                self.multipliers in (None, *RULES)
-                or (known and all(0 <= m < math.inf for layers in given.values() for m in layers.values())),
+                "None, 'sqrt', or {structure of the unit: {layer: a finite number >= 0}}",
+                self.multipliers in (None, "sqrt")
+                or numbers is not None
+                and set(numbers) <= set(UNITS.get(self.unit, ("", ()))[1])
+                and all(0 <= m < math.inf for layers in numbers.values() for m in layers.values()),
             ),
             ("share", "in (0, 1]", 0 < self.share <= 1),
             ("lr", "a finite number > 0", 0 < self.lr < math.inf),
@@ -117,8 +121,11 @@ class SSL:
             space.net, context.data, phase, seed=context.seed, hook=hook, progress=context.progress, label=self.name
         )
         plan, _ = hook.look()
-        norms = torch.stack(hook.norms).split(space.sizes.tolist(), dim=1)
-        history = {"lambda_g": hook.strengths, "norms": {g.name: n for g, n in zip(space.groups, norms, strict=True)}}
+        names, sizes = [group.name for group in space.groups], space.sizes.tolist()
+        history = {
+            "lambda_g": dict(zip(names, torch.stack(hook.strengths, dim=1), strict=True)),
+            "norms": dict(zip(names, torch.stack(hook.norms).split(sizes, dim=1), strict=True)),
+        }
         return Pruned(space.shrink(plan), plan, run.epochs, history)
 
 
@@ -152,35 +159,31 @@ def penalty(terms: Iterable[Term]) -> Tensor:
 
 
 @torch.no_grad()
-def add_subgradient(terms: Iterable[Term], strength: float) -> None:
-    """Add strength·m·W/||W^(g)|| to the gradient of every kernel, and nothing where the norm is 0."""
-    for term in terms:
+def add_subgradient(terms: Sequence[Term], pulls: Sequence[Tensor]) -> None:
+    """Add λ·m·W/||W^(g)|| to the gradient of every kernel, and nothing where the norm is 0.
+
+    Args:
+        terms: whose kernels have gradients.
+        pulls: λ·m of each term's groups, of a shape that broadcasts to its norms.
+    """
+    for term, pull in zip(terms, pulls, strict=True):
         norms = term.norms()
         assert term.weight.grad is not None
-        term.weight.grad.addcmul_(term.weight, (strength * term.multiplier / norms).masked_fill_(norms == 0, 0))
+        term.weight.grad.addcmul_(term.weight, (pull / norms).masked_fill_(norms == 0, 0))
 
 
 @torch.no_grad()
-def soft_threshold(terms: Iterable[Term], threshold: float) -> None:
-    """Shorten every group by threshold·m, to zero if it is no longer than that: the proximal map of the penalty."""
-    for term in terms:
+def soft_threshold(terms: Sequence[Term], thresholds: Sequence[Tensor]) -> None:
+    """Shorten every group by its threshold, to zero if it is no longer: the proximal map of threshold·||W^(g)||."""
+    for term, threshold in zip(terms, thresholds, strict=True):
         norms = term.norms()
-        left = (norms - threshold * term.multiplier).clamp_(min=0)
+        left = (norms - threshold).clamp_(min=0)
         term.weight.mul_(left.div_(norms).masked_fill_(norms == 0, 0))
 
 
-def root_of_size(term: Term) -> float:
+def root_of_size(weights: int) -> float:
     """Return √(weights in a group / 128)."""
-    return math.sqrt(term.weight.numel() / term.units.numel() / REFERENCE)
-
-
-def mean_norm(term: Term) -> float:
-    """Return the mean of ||W^(g)||₂ over the layer's groups."""
-    return float(term.norms().detach().mean())
-
-
-RULES: dict[str, Callable[[Term], float]] = {"sqrt": root_of_size, "scale": mean_norm}
-"""What a layer's multiplier may be by name."""
+    return math.sqrt(weights / REFERENCE)
 
 
 def penalised(
@@ -198,9 +201,9 @@ def penalised(
         layers = []
         for kernel, units in _kernels(space, structure):
             layers.append(names[id(kernel)])
-            plain = Term(kernel, structure, own.get(layers[-1], 1.0), units)
-            rule = RULES[multipliers] if isinstance(multipliers, str) else None
-            found.append(dataclasses.replace(plain, multiplier=rule(plain)) if rule else plain)
+            given = own.get(layers[-1], 1.0)
+            multiplier = root_of_size(kernel.numel() // units.numel()) if multipliers == "sqrt" else given
+            found.append(Term(kernel, structure, multiplier, units))
         if unknown := sorted(set(own) - set(layers)):
             raise ValueError(f"ssl: multipliers[{structure!r}] names {unknown}: legal layers are {', '.join(layers)}")
     return [term for term in found if term.multiplier > 0]
@@ -247,39 +250,44 @@ class Pressure(Hook):
 
     def __init__(self, space: Space, terms: Sequence[Term], settings: SSL, budget: Budget) -> None:
         self.space, self.terms, self.settings, self.budget = space, terms, settings, budget
-        self.strengths: list[float] = []
-        self.norms: list[Tensor] = []
+        self.group_of = torch.arange(len(space.groups)).repeat_interleave(torch.from_numpy(space.sizes))
+        self.norms: list[Tensor] = []  # by look, [units]
+        self.strengths: list[Tensor] = []  # by look, [groups]
 
-    def look(self) -> tuple[Plan, float]:
-        """Note the norms; return what the budget lets stay, and the largest norm / m, ν, among what it does not."""
+    def look(self) -> tuple[Plan, Tensor]:
+        """Note the norms; return what the budget lets stay, and ν of each group of the space: norm / m, [groups]."""
         self.norms.append(unit_norms(self.terms, int(self.space.sizes.sum())))
         parts = self.norms[-1].split(self.space.sizes.tolist())
         scores = {group.name: part for group, part in zip(self.space.groups, parts, strict=True)}
+        plan = self.space.plan_for(scores, self.budget, self.settings.ranking)
+        goes = self.space.gates(plan) == 0
         if isinstance(self.space, RowColumnSpace):
-            scores = self.space.capped(scores)
-        plan = self.space.plan_for(scores, self.budget, ranking="global")
-        gone = torch.cat(list(scores.values()))[self.space.gates(plan) == 0]
-        return plan, float(gone.max()) if len(gone) else 0.0
+            goes &= self.space.readable(plan)  # the others go with their channel, whatever their norm
+        longest = torch.zeros(len(parts)).scatter_reduce(0, self.group_of[goes], self.norms[-1][goes], "amax")
+        return plan, longest if self.settings.ranking == "layer" else longest.max().expand_as(longest)
 
     def before_step(self, state: State) -> None:
         """Set λ_g where it is due."""
-        group = state.optimizer.param_groups[0]
-        self.eta = group["lr"] / (1 - group["momentum"])
         if state.step % REFRESH == 0:
+            group = state.optimizer.param_groups[0]
+            self.eta = group["lr"] / (1 - group["momentum"])
             _, longest = self.look()
-            found = longest / (self.eta * max(state.steps - state.step, REFRESH))
-            self.strengths.append(found if self.settings.lambda_g is None else self.settings.lambda_g)
+            fixed = self.settings.lambda_g
+            found = longest / (self.eta * (state.steps - state.step))
+            self.strengths.append(found if fixed is None else torch.full_like(found, fixed))
+            units = torch.cat([self.strengths[-1][self.group_of], torch.zeros(1)])  # unit -1 finds the last place
+            self.pulls = [(units[term.units] * term.multiplier).to(term.weight) for term in self.terms]
 
     def after_gradients(self, state: State) -> None:
         """Add the sub-gradient of the penalty."""
         if self.settings.update == "subgradient":
-            add_subgradient(self.terms, self.strengths[-1])
+            add_subgradient(self.terms, self.pulls)
 
-    @torch.no_grad()
     def after_step(self, state: State) -> None:
         """Set to zero what is nearly so, or take the proximal step."""
         if self.settings.update == "proximal":
-            soft_threshold(self.terms, self.strengths[-1] * self.eta)
-        else:
+            soft_threshold(self.terms, [pull * self.eta for pull in self.pulls])
+            return
+        with torch.no_grad():
             for weight in {id(term.weight): term.weight for term in self.terms}.values():
                 weight.masked_fill_(weight.abs() < ZERO, 0)

@@ -139,9 +139,9 @@ def couple(net: nn.Module, example: Tensor) -> Coupling:
     with _modes_restored(net):
         labeller = _Labeller(root, example)
         evaluation = _trace(root.eval())
-        labeller.evaluate(evaluation)
+        labeller.follow(evaluation)
         if not _reads_all(root, evaluation):
-            labeller.train(_trace(root.train()))
+            labeller.follow_training(_trace(root.train()))
     return labeller.coupling()
 
 
@@ -220,16 +220,16 @@ class _Labeller(fx.Interpreter):
         self.names = {key: name for key, (name, _) in tensors.items()}
         self.meta = {key: tensor.detach().to("meta") for key, (_, tensor) in tensors.items()}
 
-    def evaluate(self, graph: fx.Graph) -> None:
-        """Run a graph."""
+    def follow(self, graph: fx.Graph) -> None:
+        """Run a graph on an image like the example."""
         self.graph = graph
         self.run(torch.empty((1, *self.example.shape[1:]), dtype=self.example.dtype, device="meta"))
 
-    def train(self, graph: fx.Graph) -> None:
+    def follow_training(self, graph: fx.Graph) -> None:
         """Run the training graph after that of evaluation: what only it has costs nothing, and is not removed."""
         evaluation = self.found
         self.found = replace(evaluation, products=[], norms={})
-        self.evaluate(graph)
+        self.follow(graph)
         self.pin(np.arange(evaluation.ids, self.found.ids))
         self.found = replace(self.found, products=evaluation.products, norms=evaluation.norms)
 

@@ -59,13 +59,14 @@ class RowColumnSpace(Space):
 
     def owned(self, net: nn.Module) -> list[tuple[nn.Parameter, list[Tensor]]]:
         """List what filters own; kernels, [out, C, kh, kw], with their filters and their columns, [1, C, kh, kw]."""
-        filters = {axis.name: axis.units for axis in self.rows.coupling.axes if axis.role == "out"}
+        filters = {a.name: a.units for a in self.rows.coupling.axes if a.role == "out" and (a.units >= 0).any()}
         kernels = self.columns.owned(net)
         taken = {id(kernel) for kernel, _ in kernels}
         found = [(parameter, units) for parameter, units in self.rows.owned(net) if id(parameter) not in taken]
         for group, (kernel, (columns,)) in zip(self.columns.groups, kernels, strict=True):
-            rows = torch.from_numpy(filters[f"{group.name}.weight"]).view(-1, 1, 1, 1)
-            found.append((kernel, [rows, columns + self._first]))
+            rows = filters.get(f"{group.name}.weight")
+            along = [] if rows is None else [torch.from_numpy(rows).view(-1, 1, 1, 1)]
+            found.append((kernel, [*along, columns + self._first]))
         return found
 
     def unit_weights(self, group: str) -> Tensor:
@@ -76,14 +77,10 @@ class RowColumnSpace(Space):
                 return self.columns.unit_weights(convolution)
         return self.rows.unit_weights(group)
 
-    def capped(self, scores: Scores) -> dict[str, Tensor]:
-        """Return the scores, but for a column no more than for the channel that it reads and goes with."""
-        channels = torch.cat([scores[group.name] for group in self.rows.groups])
-        channels = torch.cat([channels, channels.new_full((1,), torch.inf)])  # where unit number -1 finds it
-        found = dict(scores)
-        for convolution, group in self.column_groups.items():
-            found[group] = scores[group].minimum(channels[torch.from_numpy(self._channels[convolution])])
-        return found
+    def readable(self, plan: Plan) -> Tensor:
+        """Return, by unit, whether it is a filter or a column whose channel stays: a plan has no choice of others."""
+        stays = np.concatenate(list(self._channels_stay(self._row_plan(plan)).values()))
+        return torch.cat([torch.ones(self._first, dtype=torch.bool), torch.from_numpy(stays)])
 
     def plan(self, keep: Mapping[str, Sequence[int]]) -> Plan:
         """Return the plan that keeps the given indices, but for columns of removed channels.

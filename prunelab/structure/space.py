@@ -259,12 +259,17 @@ class Space(ABC):
             scores: whose best units are meant, as what is kept may matter to latency; by default the first ones.
         """
         ranked = scores or {group.name: torch.zeros(group.size) for group in self.groups}
-        measures: dict[str, Callable[[Ints], float]] = {
-            "macs": lambda widths: float(self.cost(widths, budget.scope) / self.macs(scope=budget.scope)),
-            "parameters": lambda widths: float(self.parameter_cost(widths) / self.parameters()),
-            "latency": lambda widths: self._latency(self._best(ranked, widths)),
+
+        def relative(closed_form: Callable[[Ints], Ints]) -> Callable[[Ints], float]:
+            dense = int(closed_form(self.sizes))
+            return lambda widths: float(closed_form(widths) / dense)
+
+        measures: dict[str, Callable[[], Callable[[Ints], float]]] = {
+            "macs": lambda: relative(lambda widths: self.cost(widths, budget.scope)),
+            "parameters": lambda: relative(self.parameter_cost),
+            "latency": lambda: lambda widths: self._latency(self._best(ranked, widths)),
         }
-        return measures[budget.cost]
+        return measures[budget.cost]()
 
     @cached_property
     def parameter_cost(self) -> Cost:
@@ -388,10 +393,10 @@ class Space(ABC):
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     along[key][name] = value
                 else:
-                    carried.state[new[name]][key] = copy.copy(value)
+                    carried.state[new[name]][key] = copy.deepcopy(value)
         for key, tensors in along.items():
             for name, value in self.cut(plan, tensors).items():
-                carried.state[new[name]][key] = value
+                carried.state[new[name]][key] = value.clone() if value is tensors[name] else value
         optimizer.register_step_pre_hook(_refuse_step)
         return carried
 
@@ -435,8 +440,8 @@ class Space(ABC):
         spent = self.spent(budget, scores)
         if (least := spent(widths(len(order)))) > budget.fraction:
             raise ValueError(
-                f"budget {budget.cost}={budget.fraction} cannot be met: what every group has to keep, and "
-                f"units of infinite score, are {least:.4f} of the {budget.what}"
+                f"budget {budget.cost}={budget.fraction} cannot be met: the smallest legal plan, with "
+                f"every unit of infinite score, keeps {least:.4f} of the {budget.what}"
             )
         low, high = 0, len(order)  # the budget is met after removing `high` units
         while low < high:
