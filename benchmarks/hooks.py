@@ -17,7 +17,8 @@ import typer
 from prunelab import data, models
 from prunelab.methods.slimming import Penalty
 from prunelab.methods.spp import SPP, Pruning
-from prunelab.structure import Budget, ChannelSpace, ColumnSpace
+from prunelab.methods.ssl import SSL, Pressure, penalised
+from prunelab.structure import Budget, ChannelSpace, ColumnSpace, RowColumnSpace
 from prunelab.training import Hook, Recipe, fit
 
 
@@ -35,11 +36,20 @@ def main(model: str = "convnet-bn", steps: int = 20, rounds: int = 5, batch_size
 
         return hook
 
+    def ssl(settings: SSL) -> Callable[[torch.nn.Module], Hook]:
+        def hook(net: torch.nn.Module) -> Hook:
+            space = RowColumnSpace(net, images.example)
+            return Pressure(space, penalised(space, ("filters", "columns")), settings, budget)
+
+        return hook
+
     hooks: dict[str, Callable[[torch.nn.Module], Hook]] = {
         "plain": lambda net: Hook(),
         "SPP, columns": spp(ColumnSpace),
         "SPP, filters": spp(ChannelSpace),
         "slimming": lambda net: Penalty(1e-4),
+        "SSL": ssl(SSL()),
+        "SSL, proximal": ssl(SSL(update="proximal")),
     }
     seconds: dict[str, list[float]] = {name: [] for name in hooks}
     for _ in range(rounds):

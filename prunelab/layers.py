@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class ZeroPadChannels(nn.Module):
@@ -77,9 +79,10 @@ class ColumnConv2d(nn.Module):
     """A convolution that keeps some columns of its im2col matrix: y = W[:, K] · im2col(x)[K, :].
 
     Column j = (c·kh + dy)·kw + dx of the [out, C·kh·kw] matrix is the same (channel, y, x) position in every filter,
-    the group that SPP prunes. Only the kept rows of im2col(x) are gathered, then multiplied at once, so memory and
-    arithmetic both fall with the number of columns; so do the three products of training, which keeps the gathered rows
-    for the weights' gradient. A large batch goes through in blocks whose rows stay in the cache.
+    the group that SPP prunes. Only the kept rows of im2col(x) are gathered, a block of output positions at a time that
+    stays in the cache, and multiplied by W: arithmetic falls with the number of columns, in training's two other
+    products too, and no matrix of im2col's size is ever held. Training keeps x alone and gathers again for the weights'
+    gradient. There are first derivatives only.
 
     Attributes:
         columns: kept column indices, sorted, int64 [K].
@@ -111,22 +114,18 @@ class ColumnConv2d(nn.Module):
         return dense.view(self.out_channels, self.in_channels, *self.kernel_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [N, C, H, W] to [N, out, H', W'], contiguous.
+        """Map [N, C, H, W] to [N, out, H', W'].
 
-        An exported graph holds the dense convolution instead: other runtimes have no strided views to gather from.
+        The rows are gathered on the CPU. Elsewhere, and where autocast mixes types, the dense convolution runs with the
+        missing columns at zero; so it does in an exported graph, which has no strided views to gather from.
+
+        Raises:
+            ValueError: x has another number of channels, or is smaller than the kernel.
         """
-        if torch.compiler.is_exporting():
+        if torch.compiler.is_exporting() or not x.is_cpu or x.dtype != self.weight.dtype:
             return F.conv2d(x, self.dense_weight(), self.bias, self.stride, self.padding, self.dilation)
-        im2col = _Im2col(self, x)
-        images = max(1, _BLOCK // (len(self.columns) * im2col.height * im2col.width))
-        blocks = [self._multiply(_Gather.apply(block, im2col)) for block in x.split(images)]
-        return torch.cat(blocks) if len(blocks) > 1 else blocks[0].contiguous()
-
-    def _multiply(self, rows: Tensor) -> Tensor:
-        """Multiply gathered rows, [K, N, H', W'], by the weights: [N, out, H', W']."""
-        flat = rows.flatten(1)
-        y = self.weight @ flat if self.bias is None else torch.addmm(self.bias[:, None], self.weight, flat)
-        return y.unflatten(1, rows.shape[1:]).transpose(0, 1)
+        y: Tensor = _Multiply.apply(x, self.weight, self.bias, _Im2col(self, x))
+        return y
 
     def extra_repr(self) -> str:
         """Show what the layer computes and how much of it is left."""
@@ -135,76 +134,115 @@ class ColumnConv2d(nn.Module):
         return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, {kept}"
 
 
-_BLOCK = 2**20  # gathered values at a time, 4 MB in float32
+_BLOCK = 2**19  # gathered values at a time: 2 MB in float32
 
 
 class _Im2col:
-    """The kept rows of im2col, for images of one size: the linear map `gather` and its adjoint `scatter`."""
+    """The kept rows of im2col for images of one size: `gather` reads a block of them, its adjoint `scatter` adds to it.
+
+    A block is a slice of images and a slice of output lines; in matrices, its positions are one dimension.
+    """
 
     def __init__(self, conv: ColumnConv2d, x: Tensor) -> None:
-        (kh, kw), (self.dy, self.dx) = conv.kernel_size, conv.dilation
-        assert not isinstance(conv.padding, str)
-        self.kernel, self.stride, self.padding = (kh, kw), conv.stride, conv.padding
-        self.size = x.shape[1:]
-        self.padded = self.size[1] + 2 * self.padding[0], self.size[2] + 2 * self.padding[1]
-        self.height = (self.padded[0] - self.dy * (kh - 1) - 1) // self.stride[0] + 1
-        self.width = (self.padded[1] - self.dx * (kw - 1) - 1) // self.stride[1] + 1
-        self.channel, self.offset = conv.columns // (kh * kw), conv.columns % (kh * kw)
-        rows = self.channel * self.padded[0] + self.offset // kw * self.dy
-        self.start = rows * self.padded[1] + self.offset % kw * self.dx  # where each row begins in a padded image
+        (kh, kw), (dy, dx), (top, left) = conv.kernel_size, conv.dilation, conv.padding
+        self.stride, self.pads = conv.stride, [left, left, top, top]
+        self.reach = dy * (kh - 1), dx * (kw - 1)
+        self.height, self.width = (
+            (size + 2 * pad - reach - 1) // step + 1
+            for size, pad, reach, step in zip(x.shape[-2:], conv.padding, self.reach, self.stride, strict=True)
+        )
+        if x.dim() != 4 or x.shape[1] != conv.in_channels or min(self.height, self.width) < 1:
+            raise ValueError(f"{conv} takes no input of shape {tuple(x.shape)}")
+        offset = conv.columns % (kh * kw)
+        self.channel, self.y, self.x = conv.columns // (kh * kw), offset // kw * dy, offset % kw * dx
+        line = max(1, len(conv.columns) * self.width)  # values gathered for one line of one image's output
+        self.lines = max(1, min(self.height, _BLOCK // line))
+        self.images = max(1, _BLOCK // (line * self.height))
 
-    def gather(self, x: Tensor) -> Tensor:
-        """Map [N, C, H, W] to the kept rows, [K, N, H', W'].
+    def pad(self, x: Tensor) -> Tensor:
+        """Pad images with zeros, [N, C, H, W] -> [N, C, H + 2·ph, W + 2·pw], contiguous."""
+        return F.pad(x, self.pads).contiguous()
 
-        A row of im2col is the padded image read from the row's own start, all with the same strides. So the rows are
-        slices of one overlapping view, in which every place of the image is a start.
+    def crop(self, padded: Tensor) -> Tensor:
+        """Undo `pad`."""
+        return F.pad(padded, [-pad for pad in self.pads])
+
+    def blocks(self, images: int) -> Iterator[tuple[slice, slice]]:
+        """Divide the output of a number of images into blocks."""
+        for image in range(0, images, self.images):
+            for line in range(0, self.height, self.lines):
+                yield slice(image, image + self.images), slice(line, min(line + self.lines, self.height))
+
+    def gather(self, padded: Tensor, images: slice, lines: slice) -> Tensor:
+        """Read a block's kept rows, [K, positions].
+
+        A row of im2col is the image read from the row's own start, with the same strides as every other row. So the
+        rows are slices of one overlapping view, in which every place of the image is a start.
         """
-        (top, left), (sy, sx) = self.padding, self.stride
-        x = F.pad(x, (left, left, top, top)).contiguous()
-        channels, (height, width) = self.size[0], self.padded
-        last = ((channels - 1) * height + (self.kernel[0] - 1) * self.dy) * width + (self.kernel[1] - 1) * self.dx
-        view = x.as_strided((last + 1, len(x), self.height, self.width), (1, channels * height * width, sy * width, sx))
-        return view.index_select(0, self.start)  # of dimension 0: for another, PyTorch would copy the whole view
+        _, channels, height, width = padded.shape
+        part = padded[images, :, lines.start * self.stride[0] :]
+        last = ((channels - 1) * height + self.reach[0]) * width + self.reach[1]
+        view = part.as_strided(
+            (last + 1, len(part), lines.stop - lines.start, self.width),
+            (1, channels * height * width, self.stride[0] * width, self.stride[1]),
+        )
+        start = (self.channel * height + self.y) * width + self.x
+        return view.index_select(0, start).flatten(1)  # of dimension 0: for another, PyTorch would copy the whole view
 
-    def scatter(self, rows: Tensor) -> Tensor:
-        """Add up rows, [K, N, H', W'], where they were gathered: [N, C, H, W]."""
-        (top, left), (sy, sx) = self.padding, self.stride
-        x = rows.new_zeros(rows.shape[1], self.size[0], *self.padded)
-        for offset in range(self.kernel[0] * self.kernel[1]):  # at one offset, no two rows share a channel
-            y0, x0 = offset // self.kernel[1] * self.dy, offset % self.kernel[1] * self.dx
-            read = x[:, :, y0 : y0 + (self.height - 1) * sy + 1 : sy, x0 : x0 + (self.width - 1) * sx + 1 : sx]
-            (kept,) = torch.where(self.offset == offset)
-            read.index_add_(1, self.channel[kept], rows[kept].transpose(0, 1))
-        return x[:, :, top : top + self.size[1], left : left + self.size[2]]
+    def by_offset(self) -> tuple[Tensor, list[tuple[int, int, Tensor]]]:
+        """Sort the columns by kernel offset: their order, and each offset's y, x and channels, which are distinct."""
+        order = torch.argsort(self.y * (self.reach[1] + 1) + self.x, stable=True)
+        offsets, counts = torch.stack([self.y, self.x])[:, order].unique_consecutive(dim=1, return_counts=True)
+        channels = self.channel[order].split(counts.tolist())
+        return order, [(y, x, kept) for (y, x), kept in zip(offsets.t().tolist(), channels, strict=True)]
 
-
-class _Gather(torch.autograd.Function):
-    """`_Im2col.gather`; autograd's own adjoint would fill a tensor of the overlapping view's size."""
-
-    @staticmethod
-    def forward(x: Tensor, im2col: _Im2col) -> Tensor:
-        return im2col.gather(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, _Im2col], output: Tensor) -> None:
-        ctx.im2col = inputs[1]
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _Scatter.apply(gradient, ctx.im2col), None
+    def scatter(
+        self, rows: Tensor, offsets: list[tuple[int, int, Tensor]], padded: Tensor, images: slice, lines: slice
+    ) -> None:
+        """Add a block's rows, [K, positions] sorted by offset, to the places that they are gathered from."""
+        (sy, sx), part = self.stride, padded[images]
+        height = lines.stop - lines.start
+        blocks = rows.view(-1, len(part), height, self.width).transpose(0, 1)
+        for (y, x, kept), block in zip(offsets, blocks.split([len(kept) for _, _, kept in offsets], 1), strict=True):
+            top = y + lines.start * sy
+            read = part[:, :, top : top + (height - 1) * sy + 1 : sy, x : x + (self.width - 1) * sx + 1 : sx]
+            read.index_add_(1, kept, block)
 
 
-class _Scatter(torch.autograd.Function):
-    """`_Im2col.scatter`, whose gradient is a gather again."""
+class _Multiply(torch.autograd.Function):
+    """y = W · rows(x) + b block by block; autograd would give the gradient of `gather` the overlapping view's size."""
 
     @staticmethod
-    def forward(rows: Tensor, im2col: _Im2col) -> Tensor:
-        return im2col.scatter(rows)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, im2col: _Im2col) -> Tensor:
+        ctx.im2col = im2col
+        ctx.save_for_backward(x, weight)
+        y = x.new_empty(len(x), len(weight), im2col.height, im2col.width)
+        constant = x.new_zeros(()) if bias is None else bias[:, None, None]
+        padded = im2col.pad(x)
+        for images, lines in im2col.blocks(len(x)):
+            block = y[images, :, lines]
+            product = weight @ im2col.gather(padded, images, lines)
+            torch.add(product.view(block.transpose(0, 1).shape).transpose(0, 1), constant, out=block)
+        return y
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, _Im2col], output: Tensor) -> None:
-        ctx.im2col = inputs[1]
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _Gather.apply(gradient, ctx.im2col), None
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        (x, weight), im2col = ctx.saved_tensors, ctx.im2col
+        for_x, for_weight, for_bias, _ = ctx.needs_input_grad
+        padded = im2col.pad(x)
+        padded_gradient, weight_gradient = torch.zeros_like(padded), torch.zeros_like(weight)
+        order, offsets = im2col.by_offset()
+        transposed = weight[:, order].t()
+        for images, lines in im2col.blocks(len(x)):
+            block = gradient[images, :, lines].transpose(0, 1).flatten(1)
+            if for_weight:
+                weight_gradient.addmm_(block, im2col.gather(padded, images, lines).t())
+            if for_x:
+                im2col.scatter(transposed @ block, offsets, padded_gradient, images, lines)
+        return (
+            im2col.crop(padded_gradient) if for_x else None,
+            weight_gradient if for_weight else None,
+            gradient.sum((0, 2, 3)) if for_bias else None,
+            None,
+        )

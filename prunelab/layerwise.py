@@ -209,14 +209,15 @@ class LayerByLayer:
         for product in readers_of(self.space, group):
             reader, part = readers[product.module], self._part(product, group)
             alone = reader.cut(kept)
-            change, shift = reader.solve(kept) if reconstruct else alone
-            errors += reader.error(*alone), reader.error(change, shift)
-            variance += reader.variance
+            change = reader.solve(kept) if reconstruct else alone
+            errors += alone.error, change.error
+            responses = torch.cat([target[node] for node in self.calls[product.module] for target in self.targets])
+            variance += float(responses[:, part.outputs].var(0, correction=0).sum())
             layer = _layer(self.space.net, product.module)
             weight = layer.weight.flatten(1).clone()
-            weight[part.outputs[:, None], part.inputs] += change.to(weight)
+            weight[part.outputs[:, None], part.inputs] += change.weight.to(weight)
             layer.weight.copy_(weight.view_as(layer.weight))
-            _bias(layer)[part.outputs] += shift.to(weight)
+            _bias(layer)[part.outputs] += change.bias.to(weight)
         self.plan = self.space.plan({**self.plan.keep, group: kept})
         alone_error, error = errors / variance
         return float(alone_error), float(error)

@@ -7,7 +7,7 @@ are read once and never stored. For a convolution, a row is the patch under one 
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -37,6 +37,8 @@ class Moments:
 
         self.rows = 0
         self._origin = torch.zeros(columns, device=device)
+        edges = [columns * i // BLOCKS for i in range(BLOCKS + 1)]
+        self._blocks = list(itertools.pairwise(edges))
         self._x, self._y = zeros(columns), zeros(outputs)
         self._xx, self._xy, self._yy = zeros(columns, columns), zeros(columns, outputs), zeros(outputs)
 
@@ -50,9 +52,7 @@ class Moments:
         self._y += y.sum(0, dtype=torch.float64)
         self._yy += y.square().sum(0, dtype=torch.float64)
         self._xy += x.T @ y
-        width = max(1, math.ceil(x.shape[1] / BLOCKS))
-        for start in range(0, x.shape[1], width):
-            end = start + width
+        for start, end in self._blocks:
             self._xx[:end, start:end] += x[:, :end].T @ x[:, start:end]
 
     @property
@@ -68,9 +68,10 @@ class Moments:
     @property
     def xx(self) -> Tensor:
         """Covariance of x, [columns, columns]."""
-        upper = self._xx.triu()
-        mean = self._x / self.rows
-        return (upper + upper.triu(1).T) / self.rows - mean.outer(mean)
+        mean, full = self._x / self.rows, self._xx / self.rows
+        for start, end in self._blocks:
+            full[start:end, :start] = full[:start, start:end].T
+        return full.addr_(mean, mean, alpha=-1)
 
     @property
     def xy(self) -> Tensor:
@@ -83,6 +84,21 @@ class Moments:
         return float((self._yy / self.rows - self.mean_y.square()).sum())
 
 
+@dataclass(frozen=True)
+class Change:
+    """How a layer loses channels.
+
+    Attributes:
+        weight: what is added to W, [outputs, columns].
+        bias: what is added to b, [outputs].
+        error: ||Y − X·(W + ΔW)ᵀ − (b + Δb)||²/N, summed over outputs.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    error: float
+
+
 class Reconstruction:
     """One layer that is about to lose input channels.
 
@@ -93,9 +109,9 @@ class Reconstruction:
     """
 
     def __init__(self, weight: Tensor, channel: Tensor, moments: Moments) -> None:
-        self.weight, self.channel, self.rows = weight.double(), channel, moments.rows
+        self.weight, self.channel, self.rows = weight, channel, moments.rows
         self.mean_x, self.mean_e = moments.mean_x, moments.mean_y
-        self.xx, self.xe, self._missing = moments.xx, moments.xy, moments.yy
+        self.xx, self.xe, self.ee = moments.xx, moments.xy, moments.yy
 
     def gram(self, channels: int) -> tuple[Tensor, Tensor]:
         """Return what LASSO needs to know: G_ij = ⟨Z_i, Z_j⟩/N and q_i = ⟨Z_i, Y⟩/N of Z_i = X_i·W_iᵀ, centred.
@@ -108,19 +124,17 @@ class Reconstruction:
 
     def norms(self, channels: int, power: int) -> Tensor:
         """Return Σ|w|^power over the weights of each channel, [channels]."""
-        return self._by_channel(self.weight.abs().pow(power).sum(0), channels)
+        return self._by_channel(self.weight.double().abs().pow(power).sum(0), channels)
 
-    def kept(self, channels: Sequence[int]) -> Tensor:
-        """Return, by column, whether it stays: bool [columns]."""
-        stays = torch.tensor(sorted(channels), device=self.channel.device)
-        return torch.isin(self.channel, stays) | (self.channel < 0)
+    def cut(self, channels: Sequence[int]) -> Change:
+        """Keep these channels, and their weights as they are."""
+        kept, lost, pull = self._without(channels)
+        gap = self.mean_e + self.mean_x[~kept] @ lost
+        change = torch.where(kept, 0, -self.weight.double())
+        return Change(change, torch.zeros_like(gap), self._spread(kept, lost, pull) + float(gap.square().sum()))
 
-    def cut(self, channels: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return the change of weights and bias, ([outputs, columns], [outputs]), that only removes the others."""
-        return -self.weight * ~self.kept(channels), torch.zeros_like(self.mean_e)
-
-    def solve(self, channels: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return the change of weights and bias with which the kept channels come closest to the target.
+    def solve(self, channels: Sequence[int]) -> Change:
+        """Keep these channels, with the weights and bias that come closest to the target.
 
             min over ΔW, Δb of ||Y − X_K·(W_K + ΔW)ᵀ − b − Δb||²/N + ridge·||ΔW||²
 
@@ -131,27 +145,27 @@ class Reconstruction:
         Raises:
             ValueError: there are fewer rows than unknowns.
         """
-        kept = self.kept(channels)
+        kept, lost, pull = self._without(channels)
         check_rows(self.rows, int((self.xx.diagonal()[kept] > 0).sum()))
-        lost = self.weight[:, ~kept].T
-        covariance = self.xx[kept][:, kept]
-        covariance.diagonal().add_(RIDGE * covariance.norm().clamp_min(torch.finfo(torch.float64).tiny))
-        factor = torch.linalg.cholesky(covariance)
-        step = torch.cholesky_solve(self.xe[kept] + self.xx[kept][:, ~kept] @ lost, factor)
-        change = -self.weight
+        covariance, wanted = self.xx[kept][:, kept], self.xe[kept] + pull[kept]
+        ridge = RIDGE * covariance.norm().clamp_min(torch.finfo(torch.float64).tiny)
+        covariance.diagonal().add_(ridge)
+        step = torch.cholesky_solve(wanted, torch.linalg.cholesky(covariance))
+        gain = (step * wanted).sum() + ridge * step.square().sum()  # as covariance @ step = wanted − ridge·step
+        change = -self.weight.double()
         change[:, kept] = step.T
-        return change, self.mean_e - change @ self.mean_x
+        return Change(change, self.mean_e - change @ self.mean_x, self._spread(kept, lost, pull) - float(gain))
 
-    def error(self, change: Tensor, shift: Tensor) -> float:
-        """Return ||Y − X·(W + ΔW)ᵀ − (b + Δb)||²/N, summed over outputs."""
-        mean = self.mean_e - change @ self.mean_x - shift
-        spread = self._missing - 2 * (change.T * self.xe).sum() + ((change @ self.xx) * change).sum()
-        return float(spread + mean.square().sum())
+    def _without(self, channels: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return which columns stay, the others' weights, and the covariance of X with what those contribute."""
+        stays = torch.tensor(sorted(channels), device=self.channel.device)
+        kept = torch.isin(self.channel, stays) | (self.channel < 0)
+        lost = self.weight[:, ~kept].T.double()
+        return kept, lost, self.xx[:, ~kept] @ lost
 
-    @property
-    def variance(self) -> float:
-        """The variance of Y, summed over outputs: the error of the best constant."""
-        return self.error(-self.weight, self.mean_e + self.weight @ self.mean_x)
+    def _spread(self, kept: Tensor, lost: Tensor, pull: Tensor) -> float:
+        """Return the variance of what is missing without the others, summed over outputs."""
+        return self.ee + float((lost * (2 * self.xe[~kept] + pull[~kept])).sum())
 
     def _by_channel(self, values: Tensor, channels: int) -> Tensor:
         """Sum rows that belong to the same channel, [columns, ...] -> [channels, ...]."""

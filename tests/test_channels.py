@@ -516,8 +516,9 @@ def test_what_only_training_runs_is_traced_in_training() -> None:
     plan = space.plan({"a": [0, 3]})
     small = space.shrink(plan)
     assert small.head[0].weight.shape == (5, 2, 3, 3)
-    for found, expected in zip(small(x), space.mask(plan)(x), strict=True):
-        assert_same(found, expected)
+    with torch.no_grad():
+        for found, expected in zip(small(x), space.mask(plan)(x), strict=True):
+            assert_same(found, expected)
 
 
 @pytest.mark.parametrize("name", ["convnet-bn", "vgg11", "resnet20"])
@@ -538,6 +539,24 @@ def test_small_network_learns(name: str) -> None:
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
     assert all(not torch.equal(value, start[key]) for key, value in small.named_parameters())
+
+
+def test_small_network_shares_nothing_with_the_large_one() -> None:
+    net, x = tiny("batch norm")
+    net.empty, net.nothing, net.again = nn.Sequential(), None, net.b
+    net.register_buffer("constant", torch.ones(3))
+    net.b.register_forward_hook(lambda module, inputs, output: output + 1)
+    space = ChannelSpace(net, x)
+    for plan in plans(space).values():
+        small = space.shrink(plan)
+        assert small.again is small.b
+        assert small.nothing is None
+        assert not {*map(id, net.modules())} & {*map(id, small.modules())}
+        places = [{t.data_ptr() for t in model.state_dict().values()} for model in (net, small)]
+        assert not places[0] & places[1]
+        with torch.no_grad():
+            assert_same(small(x), space.mask(plan)(x))
+        assert [*map(type, small.modules())] == [*map(type, net.modules())]
 
 
 def test_frozen_parameters_stay_frozen() -> None:

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from prunelab import cost, models
+from prunelab import cost, layers, models
 from prunelab.layers import ColumnConv2d, ZeroPadChannels
 from prunelab.structure import Budget, ChannelSpace, ColumnSpace, UntraceableError
 
@@ -50,19 +52,21 @@ def by_loops(conv: nn.Conv2d, columns: Tensor, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("conv", CONVOLUTIONS, ids=str)
-def test_both_paths_are_the_convolution_by_loops(conv: nn.Conv2d) -> None:
+def test_is_the_convolution_by_loops(conv: nn.Conv2d) -> None:
     conv, x = conv.double(), image(conv.in_channels)
     columns = some_columns(conv)
     layer = ColumnConv2d(conv, columns)
     with torch.no_grad():
         gathered, expected = layer(x), by_loops(conv, columns, x)
+    with torch.inference_mode():
+        assert torch.equal(layer(x), gathered)
+    assert torch.equal(layer(x).detach(), gathered)
     zeroed = torch.zeros_like(conv.weight).flatten(1)
     zeroed[:, columns] = conv.weight.detach().flatten(1)[:, columns]
     zeroed = zeroed.view_as(conv.weight)
     assert torch.equal(layer.dense_weight(), zeroed)
     close = {"rtol": 0, "atol": 1e-12}
     torch.testing.assert_close(gathered, expected, **close)
-    torch.testing.assert_close(layer(x).detach(), expected, **close)
     dense = F.conv2d(x, zeroed, conv.bias, conv.stride, conv.padding, conv.dilation).detach()
     torch.testing.assert_close(gathered, dense, **close)
 
@@ -81,11 +85,101 @@ def test_gradients_are_the_dense_ones_at_the_kept_columns(conv: nn.Conv2d) -> No
     torch.testing.assert_close(found[1], dense[1], rtol=1e-12, atol=1e-12)
 
 
-def test_all_columns_in_channels_last_memory() -> None:
-    conv = CONVOLUTIONS[1].double()
-    x = image(3).contiguous(memory_format=torch.channels_last)
-    with torch.no_grad():
-        torch.testing.assert_close(ColumnConv2d(conv, torch.arange(27))(x), conv(x), rtol=0, atol=1e-12)
+@st.composite
+def geometries(draw: st.DrawFn) -> tuple[nn.Conv2d, Tensor, Tensor, int]:
+    """Draw a convolution, some of its columns, an input, and how many values make a block."""
+    size = st.tuples(st.integers(1, 3), st.integers(1, 3))
+    channels, filters, seed = draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.integers(0, 2**16))
+    torch.manual_seed(seed)
+    conv = nn.Conv2d(
+        channels, filters, draw(size), draw(size), draw(st.tuples(st.integers(0, 3), st.integers(0, 3))), draw(size)
+    ).double()
+    columns = torch.tensor(sorted(draw(st.sets(st.integers(0, conv.weight[0].numel() - 1), min_size=1))))
+    x = torch.randn(draw(st.integers(1, 3)), channels, *draw(st.tuples(st.integers(1, 8), st.integers(1, 8)))).double()
+    layout = draw(st.sampled_from([torch.contiguous_format, torch.channels_last]))
+    return conv, columns, x.contiguous(memory_format=layout), draw(st.sampled_from([1, 50, 2**19]))
+
+
+@settings(max_examples=150, deadline=None)
+@given(geometries())
+def test_outputs_and_gradients_are_the_dense_ones(case: tuple[nn.Conv2d, Tensor, Tensor, int]) -> None:
+    conv, columns, x, block = case
+    (kh, kw), (dy, dx) = conv.kernel_size, conv.dilation
+    assert not isinstance(conv.padding, str)
+    assume(x.shape[2] + 2 * conv.padding[0] > dy * (kh - 1) and x.shape[3] + 2 * conv.padding[1] > dx * (kw - 1))
+    layer, x = ColumnConv2d(conv, columns), x.requires_grad_()
+    kernel = layer.dense_weight().detach().requires_grad_()
+    expected = F.conv2d(x, kernel, conv.bias, conv.stride, conv.padding, conv.dilation)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers, "_BLOCK", block)
+        found = layer(x)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    weights = torch.randn_like(expected)
+    dense = torch.autograd.grad(expected, [x, kernel, conv.bias], weights)
+    ours = torch.autograd.grad(found, [x, layer.weight, layer.bias], weights)
+    for gradient, reference in zip(ours, (dense[0], dense[1].flatten(1)[:, columns], dense[2]), strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_are_the_differences(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "_BLOCK", 60)
+    conv = nn.Conv2d(2, 3, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2)).double()
+    layer, x = ColumnConv2d(conv, torch.tensor([0, 3, 4, 7, 11])), torch.randn(2, 2, 7, 4, dtype=torch.float64)
+
+    def call(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, {"weight": weight, "bias": bias}, x)
+
+    inputs = [t.detach().requires_grad_() for t in (x, layer.weight, layer.bias)]
+    assert torch.autograd.gradcheck(call, inputs)
+
+
+def test_only_the_gradients_asked_for_are_computed() -> None:
+    layer, x = ColumnConv2d(nn.Conv2d(2, 3, 3), torch.arange(5)), torch.randn(1, 2, 5, 5)
+    layer.weight.requires_grad_(False)
+    layer(x).sum().backward()
+    assert layer.weight.grad is None
+    assert layer.bias.grad.tolist() == [9.0, 9.0, 9.0]
+
+
+def test_a_batch_of_none() -> None:
+    assert ColumnConv2d(nn.Conv2d(2, 3, 3), torch.arange(5))(torch.zeros(0, 2, 5, 6)).shape == (0, 3, 3, 4)
+
+
+def test_the_state_is_weights_and_columns() -> None:
+    conv, x = CONVOLUTIONS[1].double(), image(3)
+    layer, other = (ColumnConv2d(conv, some_columns(conv, seed)) for seed in (0, 1))
+    assert list(layer.state_dict()) == ["weight", "columns"]
+    assert not torch.equal(other(x), layer(x))
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x), layer(x))
+
+
+def test_an_exported_graph_holds_the_dense_convolution() -> None:
+    conv = CONVOLUTIONS[3].double()
+    layer, x = ColumnConv2d(conv, some_columns(conv)).eval(), image(3)
+    exported = torch.export.export(layer, (x,)).module()
+    torch.testing.assert_close(exported(x), layer(x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 9, 9), (3, 9, 9), (1, 3, 2, 9)], ids=str)
+def test_inputs_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
+    layer = ColumnConv2d(nn.Conv2d(3, 5, 3), torch.arange(4))
+    with pytest.raises(ValueError, match=r"ColumnConv2d.* takes no input of shape \(" + ", ".join(map(str, shape))):
+        layer(torch.zeros(shape))
+
+
+def test_a_kernel_of_two_convolutions_is_refused_and_one_called_twice_is_cut() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU(), nn.Conv2d(3, 3, 3)).double()
+    net[2].weight = net[0].weight
+    with pytest.raises(UntraceableError, match="columns of '0' cannot be cut: 0 and 2 share its kernel"):
+        ColumnSpace(net, image(3))
+    net[2] = net[0]
+    space = ColumnSpace(net, image(3))
+    plan = space.plan({"0": [0, 4, 9]})
+    small = space.shrink(plan)
+    torch.testing.assert_close(small(image(3)), space.mask(plan)(image(3)), rtol=0, atol=1e-12)
+    assert space.macs(plan) == cost.macs(small, image(3)) == 3 * 3 * (7 * 6 + 5 * 4)
 
 
 @pytest.mark.parametrize(

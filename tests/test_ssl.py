@@ -78,7 +78,7 @@ def test_the_subgradient_is_that_of_autograd(structure: str) -> None:
     terms = [term(weight, structure, 1.7), term(weight, "columns")]
     (expected,) = torch.autograd.grad(loss + strength * penalty(terms), weight, retain_graph=True)
     loss.backward()
-    add_subgradient(terms, [torch.tensor(strength * t.multiplier) for t in terms])
+    add_subgradient(terms, [torch.tensor(strength * t.multiplier, dtype=torch.double) for t in terms])
     torch.testing.assert_close(weight.grad, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -150,11 +150,11 @@ def test_of_filters_and_channels_the_nearer_to_zero_counts(convnet: nn.Module, d
 
 
 def test_a_channel_of_a_residual_stream_is_as_far_as_its_last_writer() -> None:
-    net, example = models.build("resnet20", shape=(1, 8, 8), seed=0, width=0.25), torch.zeros(1, 1, 8, 8)
-    found = ChannelSpace(net, example)
+    net = models.build("resnet20-b", shape=(1, 8, 8), seed=0, width=0.25)
+    found = ChannelSpace(net, torch.zeros(1, 1, 8, 8))
     norms = unit_norms(penalised(found, ("filters",)), int(found.sizes.sum()))
     writers = [axis.module for axis in found.writers("conv")]
-    assert writers == ["conv", *(f"stage{s}.{i}.conv2" for s in (1, 2, 3) for i in range(3))]  # shortcuts tie all
+    assert writers == ["conv", *(f"stage1.{i}.conv2" for i in range(3))]
     each = torch.stack([net.get_submodule(name).weight.detach().flatten(1).norm(dim=1) for name in writers])
     torch.testing.assert_close(norms[:4], each.amax(0))
 
@@ -309,9 +309,7 @@ def test_with_a_constant_penalty_larger_means_sparser(convnet: nn.Module, digits
     for strength in (0.0, 0.3, 1.0):
         method = build("ssl", lambda_g=strength, update="proximal", unit="columns")
         pruned = method(convnet, HALF, Context(digits, RECIPE, seed=0, progress=False))
-        assert {value for found in pruned.history["lambda_g"].values() for value in found.tolist()} == {
-            pytest.approx(strength)
-        }
+        assert (torch.stack(list(pruned.history["lambda_g"].values())) == strength).all()
         zeros.append(sum(int((norms[-1] == 0).sum()) for norms in pruned.history["norms"].values()))
     assert zeros[0] == 0
     assert zeros[0] < zeros[1] < zeros[2]

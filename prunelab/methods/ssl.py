@@ -73,8 +73,8 @@ class SSL:
 
     Raises ValueError naming the field, its value and the legal ones; when called, before any training, for multipliers
     of unknown layers, a network without such units, and a budget that cannot be met.
-    `Pruned.history` has "lambda_g", {group: λ_g at each look}, and "norms", {group: norm / m, [looks + 1, size]}. There is
-    a look every 20 steps, the first before any; the last norms are those at the cut.
+    `Pruned.history` has "lambda_g", {group: λ_g at each look}, and "norms", {group: norm / m, [looks + 1, size]}. There
+    is a look every 20 steps, the first before any; the last norms are those at the cut.
     """
 
     name: ClassVar[str] = "ssl"
@@ -99,9 +99,11 @@ class SSL:
                 "multipliers",
                 "None, 'sqrt', or {structure of the unit: {layer: a finite number >= 0}}",
                 self.multipliers in (None, "sqrt")
-                or numbers is not None
-                and set(numbers) <= set(UNITS.get(self.unit, ("", ()))[1])
-                and all(0 <= m < math.inf for layers in numbers.values() for m in layers.values()),
+                or (
+                    numbers is not None
+                    and set(numbers) <= set(UNITS.get(self.unit, ("", ()))[1])
+                    and all(0 <= m < math.inf for layers in numbers.values() for m in layers.values())
+                ),
             ),
             ("share", "in (0, 1]", 0 < self.share <= 1),
             ("lr", "a finite number > 0", 0 < self.lr < math.inf),

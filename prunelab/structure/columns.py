@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Mapping
 
 import numpy as np
@@ -26,7 +27,8 @@ class ColumnSpace(Space):
         example: an input, float [N, C, H, W]; its spatial size fixes the MACs.
 
     Raises:
-        UntraceableError: the network cannot be traced safely, or a convolution pads as `ColumnConv2d` cannot.
+        UntraceableError: the network cannot be traced safely, a convolution pads as `ColumnConv2d` cannot, or it shares
+            its kernel with another layer.
     """
 
     kind = "columns"
@@ -39,7 +41,13 @@ class ColumnSpace(Space):
             for p in products
             if isinstance(conv := net.get_submodule(p.module), nn.Conv2d) and conv.groups == 1 and p.kind == "conv"
         }
+        holders: dict[int, list[str]] = defaultdict(list)
+        for name, module in net.named_modules():
+            for parameter in module.parameters(recurse=False):
+                holders[id(parameter)].append(name)
         for name, conv in self.convolutions.items():
+            if len(layers := holders[id(conv.weight)]) > 1:
+                raise UntraceableError(f"columns of {name!r} cannot be cut: {' and '.join(layers)} share its kernel")
             if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
                 raise UntraceableError(
                     f"columns of {name!r} cannot be cut: its padding must be zeros, in numbers; got {conv}"

@@ -250,7 +250,7 @@ class _Labeller(fx.Interpreter):
 
     def axis(self, module: str, tensor: str, dim: int, role: Role, ids: Ids) -> None:
         """Say whose channels lie along a tensor's dimension; a second use of the same tensor ties the two."""
-        values: Tensor = getattr(self.fetch_attr(module) if module else self.module, tensor)
+        values: Tensor = getattr(self.submodules[module], tensor)
         if id(values) not in self.meta:
             raise self.refuse(f"{tensor!r} of module {module!r} is computed from other parameters")
         if len(ids) != values.shape[dim]:
@@ -259,7 +259,7 @@ class _Labeller(fx.Interpreter):
             )
         new = Axis(module, tensor, self.names[id(values)], dim, role, ids)
         known = self.found.axes.setdefault((id(values), dim), new)
-        if not np.array_equal(known.units, ids):
+        if known.units is not ids and not np.array_equal(known.units, ids):
             self.tie("shared weights", known.units, ids)
 
     def written(self, module: nn.Module, tensor: str, count: int) -> Ids:
@@ -317,10 +317,12 @@ class _Labeller(fx.Interpreter):
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Call a layer with meta parameters; the result of most needs no call, having the shape of their input."""
-        module = self.fetch_attr(target)
+        module = self.submodules[target]
         if args and isinstance(module, _SAME_SHAPE):
             return args[0]
         tensors = (*module.named_parameters(), *module.named_buffers())
+        if not tensors:
+            return module(*args, **kwargs)
         return torch.func.functional_call(module, {name: self.meta[id(t)] for name, t in tensors}, args, kwargs)
 
     def _channels_of(self, n: fx.Node, value: Any) -> Any:
@@ -334,7 +336,7 @@ class _Labeller(fx.Interpreter):
                 self._pin_all(source)
             return None
         if n.op == "call_module":
-            module = self.fetch_attr(str(n.target))
+            module = self.submodules[str(n.target)]
             handler = next((h for kind, h in _MODULES.items() if isinstance(module, kind)), None)
             if handler is None:
                 raise self.refuse(f"module {n.target!r} of type {type(module).__name__} is not known to prunelab")
@@ -399,27 +401,31 @@ class _Labeller(fx.Interpreter):
 
         # A stable numbering: units in the order of their first id, groups in the order of their first unit.
         _, leaders = np.unique(unit_of, return_index=True)
-        groups: dict[int, list[int]] = {}
-        for unit in np.argsort(leaders):
-            if free[unit]:
-                groups.setdefault(alike[unit], []).append(unit)
+        order = np.argsort(leaders)
+        order = order[free[order]]
+        _, first, kind = np.unique(alike[order], return_index=True, return_inverse=True)
+        group = np.argsort(np.argsort(first))[kind]
         number = np.full(count, -1)
-        number[[unit for units in groups.values() for unit in units]] = np.arange(free.sum())
+        number[order[np.argsort(group, kind="stable")]] = np.arange(len(order))
         unit_number = number[unit_of]
 
         names: list[str] = []
         written: Counter[str] = Counter()
-        for members in groups.values():
-            layer = axes[writer[members[0]]].module
+        for unit in order[np.sort(first)]:
+            layer = axes[writer[unit]].module
             written[layer] += 1
             names.append(f"{layer}#{written[layer]}" if written[layer] > 1 else layer)
 
+        arrays: dict[int, Ids] = {}  # one for all that share their ids
+
         def numbered(ids: Ids) -> Ids:
-            return unit_number[ids]
+            if id(ids) not in arrays:
+                arrays[id(ids)] = unit_number[ids]
+            return arrays[id(ids)]
 
         return Coupling(
             names=tuple(names),
-            sizes=np.array([len(units) for units in groups.values()], dtype=np.int64),
+            sizes=np.bincount(group),
             axes=[replace(a, units=numbered(a.units)) for a in found.axes.values()],
             counts=[replace(c, units=numbered(c.units)) for c in found.counts.values()],
             products=[
