@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import argparse
 import copy
-import resource
 import statistics
-import sys
 import time
 import timeit
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -169,7 +168,7 @@ def verdict(cut: Callable[[], nn.Module], masked: nn.Module, x: Tensor) -> str:
 
 
 def memory() -> None:
-    """Print the peak memory of a process that holds a network and shrinks it, in multiples of the weights."""
+    """Print the peak memory of a process that holds a network and shrinks it, in multiples of the weights (Linux)."""
     print("peak memory while shrinking / weights, the network itself included, by the share of the units that stays")
     print(f"{'network':20}{'weights, MB':>12}{'0.5':>8}{'0.99':>8}")
     for name in MEMORY:
@@ -194,8 +193,9 @@ def peak(name: str, share: float) -> tuple[int, float]:
 
 
 def most_resident() -> int:
-    """Return the most bytes that this process has held at once."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    """Return the most bytes that this process has held at once; `getrusage` would count those of its parent too."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 # -- the cost of a plan ------------------------------------------------------------------------------------------------

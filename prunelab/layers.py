@@ -134,7 +134,7 @@ class ColumnConv2d(nn.Module):
         return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, {kept}"
 
 
-_BLOCK = 2**19  # gathered values at a time: 2 MB in float32
+_BLOCK = 2**20  # gathered values at a time: 4 MB in float32
 
 
 class _Im2col:
@@ -145,7 +145,8 @@ class _Im2col:
 
     def __init__(self, conv: ColumnConv2d, x: Tensor) -> None:
         (kh, kw), (dy, dx), (top, left) = conv.kernel_size, conv.dilation, conv.padding
-        self.stride, self.pads = conv.stride, [left, left, top, top]
+        self.columns, self.kernel = conv.columns, (kh, kw)
+        self.stride, self.dilation, self.pads = conv.stride, conv.dilation, [left, left, top, top]
         self.reach = dy * (kh - 1), dx * (kw - 1)
         self.height, self.width = (
             (size + 2 * pad - reach - 1) // step + 1
@@ -153,11 +154,14 @@ class _Im2col:
         )
         if x.dim() != 4 or x.shape[1] != conv.in_channels or min(self.height, self.width) < 1:
             raise ValueError(f"{conv} takes no input of shape {tuple(x.shape)}")
-        offset = conv.columns % (kh * kw)
-        self.channel, self.y, self.x = conv.columns // (kh * kw), offset // kw * dy, offset % kw * dx
         line = max(1, len(conv.columns) * self.width)  # values gathered for one line of one image's output
         self.lines = max(1, min(self.height, _BLOCK // line))
         self.images = max(1, _BLOCK // (line * self.height))
+        # Where each row starts in a padded image: c·(height·width) + y·(dy·width) + x·dx of column (c·kh + y)·kw + x.
+        height, width = x.shape[2] + 2 * top, x.shape[3] + 2 * left
+        line_of, channel = conv.columns // kw, conv.columns // (kh * kw)
+        start = torch.add(conv.columns * dx, line_of, alpha=dy * width - dx * kw)
+        self.start = start.add_(channel, alpha=(height - kh * dy) * width)
 
     def pad(self, x: Tensor) -> Tensor:
         """Pad images with zeros, [N, C, H, W] -> [N, C, H + 2·ph, W + 2·pw], contiguous."""
@@ -174,7 +178,7 @@ class _Im2col:
                 yield slice(image, image + self.images), slice(line, min(line + self.lines, self.height))
 
     def gather(self, padded: Tensor, images: slice, lines: slice) -> Tensor:
-        """Read a block's kept rows, [K, positions].
+        """Read a block's kept rows, [n, K, positions].
 
         A row of im2col is the image read from the row's own start, with the same strides as every other row. So the
         rows are slices of one overlapping view, in which every place of the image is a start.
@@ -186,26 +190,25 @@ class _Im2col:
             (last + 1, len(part), lines.stop - lines.start, self.width),
             (1, channels * height * width, self.stride[0] * width, self.stride[1]),
         )
-        start = (self.channel * height + self.y) * width + self.x
-        return view.index_select(0, start).flatten(1)  # of dimension 0: for another, PyTorch would copy the whole view
+        rows = view.index_select(0, self.start)  # of dimension 0: for another, PyTorch would copy the whole view
+        return rows.flatten(2).transpose(0, 1)
 
     def by_offset(self) -> tuple[Tensor, list[tuple[int, int, Tensor]]]:
         """Sort the columns by kernel offset: their order, and each offset's y, x and channels, which are distinct."""
-        order = torch.argsort(self.y * (self.reach[1] + 1) + self.x, stable=True)
-        offsets, counts = torch.stack([self.y, self.x])[:, order].unique_consecutive(dim=1, return_counts=True)
-        channels = self.channel[order].split(counts.tolist())
-        return order, [(y, x, kept) for (y, x), kept in zip(offsets.t().tolist(), channels, strict=True)]
+        (kh, kw), (dy, dx) = self.kernel, self.dilation
+        offset, order = torch.sort(self.columns % (kh * kw), stable=True)
+        channels = (self.columns // (kh * kw))[order].split(offset.bincount(minlength=kh * kw).tolist())
+        return order, [(i // kw * dy, i % kw * dx, kept) for i, kept in enumerate(channels)]
 
     def scatter(
         self, rows: Tensor, offsets: list[tuple[int, int, Tensor]], padded: Tensor, images: slice, lines: slice
     ) -> None:
-        """Add a block's rows, [K, positions] sorted by offset, to the places that they are gathered from."""
-        (sy, sx), part = self.stride, padded[images]
-        height = lines.stop - lines.start
-        blocks = rows.view(-1, len(part), height, self.width).transpose(0, 1)
-        for (y, x, kept), block in zip(offsets, blocks.split([len(kept) for _, _, kept in offsets], 1), strict=True):
+        """Add a block's rows, [n, K, positions] sorted by offset, to the places that they are gathered from."""
+        (sy, sx), height = self.stride, lines.stop - lines.start
+        blocks = rows.unflatten(2, (height, self.width)).split([len(kept) for _, _, kept in offsets], 1)
+        for (y, x, kept), block in zip(offsets, blocks, strict=True):
             top = y + lines.start * sy
-            read = part[:, :, top : top + (height - 1) * sy + 1 : sy, x : x + (self.width - 1) * sx + 1 : sx]
+            read = padded[images, :, top : top + (height - 1) * sy + 1 : sy, x : x + (self.width - 1) * sx + 1 : sx]
             read.index_add_(1, kept, block)
 
 
@@ -217,12 +220,11 @@ class _Multiply(torch.autograd.Function):
         ctx.im2col = im2col
         ctx.save_for_backward(x, weight)
         y = x.new_empty(len(x), len(weight), im2col.height, im2col.width)
-        constant = x.new_zeros(()) if bias is None else bias[:, None, None]
+        constant = x.new_zeros(()) if bias is None else bias[:, None]
         padded = im2col.pad(x)
         for images, lines in im2col.blocks(len(x)):
-            block = y[images, :, lines]
-            product = weight @ im2col.gather(padded, images, lines)
-            torch.add(product.view(block.transpose(0, 1).shape).transpose(0, 1), constant, out=block)
+            block = y[images, :, lines].flatten(2)  # a view: lines follow each other
+            torch.baddbmm(constant, weight.expand(len(block), -1, -1), im2col.gather(padded, images, lines), out=block)
         return y
 
     @staticmethod
@@ -235,11 +237,12 @@ class _Multiply(torch.autograd.Function):
         order, offsets = im2col.by_offset()
         transposed = weight[:, order].t()
         for images, lines in im2col.blocks(len(x)):
-            block = gradient[images, :, lines].transpose(0, 1).flatten(1)
+            block = gradient[images, :, lines].flatten(2)
             if for_weight:
-                weight_gradient.addmm_(block, im2col.gather(padded, images, lines).t())
+                weight_gradient += torch.bmm(block, im2col.gather(padded, images, lines).mT).sum(0)
             if for_x:
-                im2col.scatter(transposed @ block, offsets, padded_gradient, images, lines)
+                rows = torch.bmm(transposed.expand(len(block), -1, -1), block)
+                im2col.scatter(rows, offsets, padded_gradient, images, lines)
         return (
             im2col.crop(padded_gradient) if for_x else None,
             weight_gradient if for_weight else None,

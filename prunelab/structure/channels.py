@@ -66,7 +66,8 @@ class ChannelSpace(Space):
 
     def unit_weights(self, group: str) -> Tensor:
         """Return, side by side, the filters of every layer that writes the group, [size, weights per unit]."""
-        return torch.cat([self.filters(axis, group) for axis in self.writers(group)], dim=1)
+        first, *others = [self.filters(axis, group) for axis in self.writers(group)]
+        return torch.cat([first, *others], dim=1) if others else first
 
     def writers(self, group: str) -> list[Axis]:
         """Return the filter axes of the layers that write a group, in the order in which they run."""
@@ -79,7 +80,9 @@ class ChannelSpace(Space):
         rows = np.flatnonzero((axis.units >= units.start) & (axis.units < units.stop))
         rows = rows[np.argsort(axis.units[rows], kind="stable")]
         weight = self.net.get_submodule(axis.module).get_parameter(axis.tensor).detach()
-        return weight[torch.from_numpy(rows)].reshape(len(units), -1)
+        if not np.array_equal(rows, np.arange(len(weight))):  # else the weights themselves, which may be large
+            weight = weight[torch.from_numpy(rows)]
+        return weight.reshape(len(units), -1)
 
     def is_sum(self, group: str) -> bool:
         """Return whether a group is a residual stream: the outputs of several layers, added."""

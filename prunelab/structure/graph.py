@@ -139,7 +139,7 @@ def couple(net: nn.Module, example: Tensor) -> Coupling:
     with _modes_restored(net):
         labeller = _Labeller(root, example)
         evaluation = _trace(root.eval())
-        labeller.follow(evaluation)
+        labeller.evaluate(evaluation)
         if not _reads_all(root, evaluation):
             labeller.follow_training(_trace(root.train()))
     return labeller.coupling()
@@ -220,7 +220,7 @@ class _Labeller(fx.Interpreter):
         self.names = {key: name for key, (name, _) in tensors.items()}
         self.meta = {key: tensor.detach().to("meta") for key, (_, tensor) in tensors.items()}
 
-    def follow(self, graph: fx.Graph) -> None:
+    def evaluate(self, graph: fx.Graph) -> None:
         """Run a graph on an image like the example."""
         self.graph = graph
         self.run(torch.empty((1, *self.example.shape[1:]), dtype=self.example.dtype, device="meta"))
@@ -229,7 +229,7 @@ class _Labeller(fx.Interpreter):
         """Run the training graph after that of evaluation: what only it has costs nothing, and is not removed."""
         evaluation = self.found
         self.found = replace(evaluation, products=[], norms={})
-        self.follow(graph)
+        self.evaluate(graph)
         self.pin(np.arange(evaluation.ids, self.found.ids))
         self.found = replace(self.found, products=evaluation.products, norms=evaluation.norms)
 
