@@ -223,8 +223,9 @@ class _Multiply(torch.autograd.Function):
         constant = x.new_zeros(()) if bias is None else bias[:, None]
         padded = im2col.pad(x)
         for images, lines in im2col.blocks(len(x)):
+            rows = im2col.gather(padded, images, lines)
             block = y[images, :, lines].flatten(2)  # a view: lines follow each other
-            torch.baddbmm(constant, weight.expand(len(block), -1, -1), im2col.gather(padded, images, lines), out=block)
+            torch.baddbmm(constant, weight.expand(len(rows), -1, -1), rows, out=block)
         return y
 
     @staticmethod

@@ -158,7 +158,7 @@ class Reconstruction:
 
     def _without(self, channels: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Return which columns stay, the others' weights, and the covariance of X with what those contribute."""
-        stays = torch.tensor(sorted(channels), device=self.channel.device)
+        stays = torch.tensor(sorted(channels), dtype=torch.int64, device=self.channel.device)
         kept = torch.isin(self.channel, stays) | (self.channel < 0)
         lost = self.weight[:, ~kept].T.double()
         return kept, lost, self.xx[:, ~kept] @ lost
