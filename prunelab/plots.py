@@ -56,7 +56,7 @@ LOOKS: dict[str, Look] = {
     "taylor": Look(PURPLE, "D"),
     "ssl": Look(RED, "h"),
     "ssl-columns": Look(SKY, "h"),
-    "ssl-to-zero": Look(PURPLE, "h"),
+    "ssl-proximal": Look(PURPLE, "h"),
     "ssl-no-penalty": Look(GREY, "h"),
     "slimming": Look(YELLOW, "d"),
     "slimming-weak": Look(SKY, "d"),
