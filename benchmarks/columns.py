@@ -39,15 +39,10 @@ Call = Callable[[], object]
 
 
 def milliseconds(calls: dict[str, Call], repeats: int) -> dict[str, list[float]]:
-    """Time every call once a round, after two rounds of warm-up; return quartiles [low, median, high].
-
-    Each timed call follows one of its own that is not timed: what another left in the caches, or gave back to the
-    operating system to be mapped again, is not charged to it.
-    """
+    """Run every call once a round, after two rounds that are not timed; return quartiles [low, median, high]."""
     found: dict[str, list[float]] = {name: [] for name in calls}
     for number in tqdm(range(-2, repeats), leave=False):
         for name, call in calls.items():
-            call()
             start = time.perf_counter()
             call()
             if number >= 0:

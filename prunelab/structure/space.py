@@ -282,7 +282,7 @@ class Space(ABC):
         per_pair[-1] = cost.parameters(self.net) - per_pair.sum()  # what no unit owns a part of
         for row, (_, owners) in enumerate(owned):
             for axis, units in enumerate(owners):
-                lengths[axis, row] = np.bincount(group_of[units.flatten()], minlength=groups + 1)
+                lengths[axis, row] = np.bincount(group_of[units.flatten().numpy()], minlength=groups + 1)
                 per_pair[row] //= units.numel()
         lengths //= np.append(self.sizes, 1)
         (reads, writes), fixed = lengths[:, :, :groups], lengths[:, :, groups]
