@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
+from prunelab._modes import evaluating
 from prunelab.layers import ColumnConv2d
 
 Scope = Literal["all", "conv"]
@@ -125,7 +126,7 @@ def latencies(
             raise ValueError(f"{name} must be at least {least}, got {value}")
     with ExitStack() as stack:
         for net in nets.values():
-            stack.enter_context(_evaluating(net))
+            stack.enter_context(evaluating(net))
         stack.enter_context(_threads(threads))
         stack.enter_context(torch.inference_mode())
         for net in nets.values():
@@ -162,7 +163,7 @@ def _calls(net: nn.Module, example: Tensor) -> list[_Call]:
 
     meta = {name: tensor.to("meta") for name, tensor in chain(net.named_parameters(), net.named_buffers())}
     with ExitStack() as stack:
-        stack.enter_context(_evaluating(net))
+        stack.enter_context(evaluating(net))
         stack.enter_context(torch.no_grad())
         stack.enter_context(_ShapesOnly())
         for layer in filter(_holds_parameters, net.modules()):
@@ -199,18 +200,6 @@ def _seconds(net: nn.Module, example: Tensor) -> float:
 def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-@contextmanager
-def _evaluating(net: nn.Module) -> Iterator[None]:
-    """Put `net` in evaluation mode for a while, then every module back in the mode it had."""
-    modes = {module: module.training for module in net.modules()}
-    net.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextmanager

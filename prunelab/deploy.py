@@ -22,7 +22,8 @@ from tqdm.auto import tqdm
 from prunelab import cost, models
 from prunelab._files import write_atomically
 from prunelab.layers import ColumnConv2d
-from prunelab.structure import Plan, Space, UntraceableError
+from prunelab.structure import Plan, Space
+from prunelab.structure.tracing import trace
 
 TOLERANCE = 1e-4  # of the largest output: what PyTorch and ONNX Runtime may differ by, in float32
 
@@ -40,12 +41,7 @@ def fold_batch_norm(net: nn.Module) -> nn.Module:
         UntraceableError: the forward depends on values.
     """
     folded = copy.deepcopy(net).eval()
-    try:
-        nodes = _Tracer().trace(copy.copy(folded)).nodes  # torch.fx leaves constants in what it traces
-    except Exception as error:
-        raise UntraceableError(
-            f"{type(net).__name__} cannot be traced: its forward depends on values ({error})"
-        ) from error
+    nodes = trace(copy.copy(folded)).nodes
     calls = [node for node in nodes if node.op == "call_module"]
     uses = Counter(str(node.target) for node in calls)
     uses.update(str(node.target).rpartition(".")[0] for node in nodes if node.op == "get_attr")  # of its weights alone
@@ -69,13 +65,6 @@ _FOLDED: dict[type, type[nn.Module]] = {
     ColumnConv2d: nn.BatchNorm2d,
     nn.Linear: nn.BatchNorm1d,
 }
-
-
-class _Tracer(fx.Tracer):
-    """Sees a `ColumnConv2d` as one layer."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, ColumnConv2d) or super().is_leaf_module(m, module_qualified_name)
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

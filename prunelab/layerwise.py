@@ -20,6 +20,7 @@ from prunelab.reconstruction import Moments, Reconstruction, check_rows
 from prunelab.structure import ChannelSpace
 from prunelab.structure.graph import Product
 from prunelab.structure.space import open_ended
+from prunelab.structure.tracing import trace
 
 Key = TypeVar("Key")
 
@@ -375,16 +376,9 @@ def _give_biases(net: nn.Module) -> list[str]:
     return bare
 
 
-class _Tracer(fx.Tracer):
-    """Follows the forward of all modules that have modules inside."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return not any(m.children()) or super().is_leaf_module(m, module_qualified_name)
-
-
 def _calls(net: nn.Module) -> dict[str, list[fx.Node]]:
     """Trace a network; return the calls of each layer."""
     calls = defaultdict(list)
-    for node in _Tracer().trace(net).nodes:
+    for node in trace(net).nodes:
         calls[str(node.target)].append(node)
     return calls

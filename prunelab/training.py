@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ._modes import evaluating
 from .data import Data
 
 Schedule = Literal["one-cycle", "step", "constant"]
@@ -149,6 +150,11 @@ class Context:
     initial: nn.Module | None = None
     dense: Recipe | None = None
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """How many updates one pass over the training images makes."""
+        return len(self.data.train.labels) // self.recipe.batch_size
+
 
 def fit(
     net: nn.Module,
@@ -235,8 +241,7 @@ def evaluate(
     The net moves to the data's device; the training mode of every module is kept.
     """
     _place(net, data)  # outside inference mode, whose tensors could not be trained afterwards
-    with _modes_kept(net), torch.inference_mode():
-        net.eval()
+    with evaluating(net), torch.inference_mode():
         right = torch.zeros((), dtype=torch.int64, device=data.device)
         for images, labels in data.batches(split, batch_size):
             right += (_logits(net, images, data).argmax(dim=1) == labels).sum()
@@ -259,8 +264,8 @@ def recalibrate(net: nn.Module, data: Data, batches: int = 20, batch_size: int =
         return
     momenta = [norm.momentum for norm in norms]
     source = _training_batches(data, min(batch_size, len(data.train.labels)), seed)
-    with _modes_kept(net), torch.no_grad():
-        _place(net, data).eval()
+    _place(net, data)
+    with evaluating(net), torch.no_grad():
         try:
             for norm in norms:
                 norm.reset_running_stats()
@@ -321,14 +326,3 @@ def _deterministic(seed: int, device: torch.device) -> Iterator[None]:
             yield
         finally:
             cudnn.deterministic, cudnn.benchmark = before
-
-
-@contextmanager
-def _modes_kept(net: nn.Module) -> Iterator[None]:
-    """Give every module its own training mode back at the end."""
-    modes = [(module, module.training) for module in net.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -116,7 +116,7 @@ def test_folding_leaves_the_network_as_it_was_and_keeps_its_memory_format() -> N
 
 
 def test_a_forward_that_depends_on_values_cannot_be_folded() -> None:
-    with pytest.raises(UntraceableError, match="Net cannot be traced: its forward depends on values"):
+    with pytest.raises(UntraceableError, match="Net cannot be traced: it has a forward that depends on values"):
         deploy.fold_batch_norm(Net(lambda s, x: s.n(s.a(x)) if x.sum() > 0 else x, **PAIR))
 
 

@@ -237,7 +237,7 @@ class _Fitness:
     """Trains the network of a code for a while and measures it; keeps all that were tried."""
 
     def __init__(self, structures: Structures, context: Context, epochs: float, tick: Callable[[], object]) -> None:
-        steps = epochs * (len(context.data.train.labels) // context.recipe.batch_size)
+        steps = epochs * context.steps_per_epoch
         if steps < 1:
             raise ValueError(f"abcpruner: each of the trainings gets {steps:.2f} steps: raise share, or try fewer")
         self.structures, self.context, self.tick = structures, context, tick

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from prunelab import scores as criteria
-from prunelab.methods.base import Pruned
+from prunelab.methods.base import Masks, Pruned
 from prunelab.structure import Budget, ChannelSpace, Plan
-from prunelab.training import Context, Hook, State, fit
+from prunelab.training import Context, fit
 
 Selection = Literal["highest", "lowest", "random"]
 
@@ -107,7 +107,7 @@ class HRank:
         """Return the training steps for each layer."""
         if self.share == 0 or layers == 0:
             return 0
-        steps = int(self.share * context.recipe.epochs * _steps_per_epoch(context)) // layers
+        steps = int(self.share * context.recipe.epochs * context.steps_per_epoch) // layers
         if steps < 1:
             epochs = f"{context.recipe.epochs} epochs"
             raise ValueError(
@@ -134,29 +134,12 @@ class HRank:
 
     def _train(self, space: ChannelSpace, plan: Plan, steps: int, seed: int, context: Context) -> float:
         """Train with what is pruned so far at zero, and return the epochs."""
-        epochs = steps / _steps_per_epoch(context)
+        epochs = steps / context.steps_per_epoch
         phase = replace(context.recipe, epochs=epochs, schedule="step", milestones=MILESTONES, lr=self.lr)
-        masks = _Masks(space, space.gates(plan))
+        hook = Masks(space, plan)
         return fit(
-            space.net, context.data, phase, seed=seed, hook=masks, progress=context.progress, label=self.name
+            space.net, context.data, phase, seed=seed, hook=hook, progress=context.progress, label=self.name
         ).epochs
-
-
-class _Masks(Hook):
-    """Keep what is pruned at zero."""
-
-    def __init__(self, space: ChannelSpace, gates: Tensor) -> None:
-        self.space, self.gates = space, gates
-
-    def start(self, state: State) -> None:
-        self.space.apply_gates(state.net, self.gates)
-
-    def after_step(self, state: State) -> None:
-        self.space.apply_gates(state.net, self.gates)
-
-
-def _steps_per_epoch(context: Context) -> int:
-    return len(context.data.train.labels) // context.recipe.batch_size
 
 
 def _convolves(space: ChannelSpace, group: str) -> bool:

@@ -14,9 +14,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from prunelab.methods.base import Pruned
+from prunelab.methods.base import Masks, Pruned
 from prunelab.structure import Budget, ChannelSpace, Plan
-from prunelab.training import Context, Hook, State, fit
+from prunelab.training import Context, State, fit
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,13 @@ class Taylor:
     def __call__(self, net: nn.Module, budget: Budget, context: Context) -> Pruned:
         """Prune a copy of the network while training it."""
         space = ChannelSpace(copy.deepcopy(net), context.data.example)
-        steps_per_epoch = len(context.data.train.labels) // context.recipe.batch_size
-        steps = int(self.share * context.recipe.epochs * steps_per_epoch)
+        steps = int(self.share * context.recipe.epochs * context.steps_per_epoch)
         if steps < 1:
             raise ValueError(f"taylor: share is {self.share}: of {context.recipe.epochs} epochs that is not one update")
         updates = min(self.updates, steps)
         rounds = steps // updates
         phase = dataclasses.replace(
-            context.recipe, epochs=rounds * updates / steps_per_epoch, schedule="constant", lr=self.lr
+            context.recipe, epochs=rounds * updates / context.steps_per_epoch, schedule="constant", lr=self.lr
         )
         with gated(space) as theta:
             hook = _Removal(space, theta, self, budget, updates, rounds)
@@ -137,15 +136,17 @@ def gated(space: ChannelSpace) -> Iterator[Theta]:
             hook.remove()
 
 
-class _Removal(Hook):
+class _Removal(Masks):
     """Every `updates` steps, remove what takes the multiply-adds one of `rounds` equal parts nearer to the budget."""
+
+    space: ChannelSpace
 
     def __init__(
         self, space: ChannelSpace, theta: Theta, method: Taylor, budget: Budget, updates: int, rounds: int
     ) -> None:
-        self.space, self.theta, self.method, self.budget = space, theta, method, budget
+        super().__init__(space, space.plan({}))
+        self.theta, self.method, self.budget = theta, method, budget
         self.updates, self.rounds = updates, rounds
-        self.plan = space.plan({})
         self.widths: list[dict[str, int]] = []
 
     def after_gradients(self, state: State) -> None:
@@ -158,7 +159,7 @@ class _Removal(Hook):
             fraction = self.budget.fraction + (1 - self.budget.fraction) * (self.rounds - done) / self.rounds
             self.plan = self.space.plan_for(scores, self.budget.at(fraction), ranking="global")
             self.widths.append(dict(self.plan.widths))
-        self.space.apply_gates(state.net, self.space.gates(self.plan))
+        super().after_step(state)
 
 
 def ranking(space: ChannelSpace, theta: Tensor, plan: Plan, flops_regularisation: float) -> dict[str, Tensor]:

@@ -3,10 +3,10 @@
 from prunelab.structure.blocks import BlockSpace
 from prunelab.structure.channels import ChannelSpace
 from prunelab.structure.columns import ColumnSpace
-from prunelab.structure.graph import UntraceableError
 from prunelab.structure.plan import Plan
 from prunelab.structure.rowcolumns import RowColumnSpace
 from prunelab.structure.space import Budget, Group, Space
+from prunelab.structure.tracing import UntraceableError
 
 __all__ = [
     "BlockSpace",

@@ -42,10 +42,12 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from prunelab import cost
+from prunelab._modes import evaluating, modes_kept
 from prunelab.layers import AddConstant
-from prunelab.structure.graph import _IN_PLACE, Channels, UntraceableError, _Labeller, _modes_restored, _name, _trace
+from prunelab.structure.graph import Channels, Labeller
 from prunelab.structure.plan import Plan
 from prunelab.structure.space import Cost, Group, Ranking, Scores, Space
+from prunelab.structure.tracing import UntraceableError, in_place, operation, trace
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ class BlockSpace(Space):
 
     def __init__(self, net: nn.Module, example: Tensor) -> None:
         self.example = example
-        with _modes_restored(net):
+        with modes_kept(net):
             search = _Search(net, example)
             self.branches = search.branches()
         self._graph, products = search.graph, search.run.found.products
@@ -184,8 +186,8 @@ class BlockSpace(Space):
     def _constants(self, gone: Sequence[Branch]) -> dict[str, Tensor]:
         """Return what branches leave behind whose last layer has zero weights, [C, 1, …]."""
         found = {}
-        with _modes_restored(self.net):
-            run = _interpreter(self.net.eval(), self._graph)
+        with evaluating(self.net):
+            run = _interpreter(self.net, self._graph)
             for branch in gone:
                 if branch.constant:
                     last, channels = self.net.get_submodule(branch.last), branch.tail.shape[branch.tail.dim]
@@ -215,11 +217,11 @@ class _Search:
     def __init__(self, net: nn.Module, example: Tensor) -> None:
         self.net = net
         root = copy.copy(net)  # where torch.fx puts the constants that it meets
-        self.graph = _trace(root.eval())
+        self.graph = trace(root.eval())
         self.values = _interpreter(net, self.graph)
-        self.run = _Labeller(root, example)
+        self.run = Labeller(root, example)
         self.run.evaluate(self.graph)
-        self.graph.eliminate_dead_code(lambda node: node.op in _ENDS or _in_place(net, node))
+        self.graph.eliminate_dead_code(lambda node: node.op in _ENDS or in_place(net, node))
         self.layers = {product.module for product in self.run.found.products}
         self.named = {
             **dict(net.named_parameters(remove_duplicate=False)),
@@ -271,7 +273,7 @@ class _Search:
             and self.run.env[stays].shape == self.run.env[nodes[-1]].shape
             and all(block in _paths(node) for node in nodes)
             and all(node.op != "get_attr" or node.target in self.named for node in nodes)
-            and all(members.issuperset(node.all_input_nodes) for node in nodes if _in_place(self.net, node))
+            and all(members.issuperset(node.all_input_nodes) for node in nodes if in_place(self.net, node))
             and all(self.readers[id(self.named[name])] <= members for name in tensors)
         )
         last = self._last(nodes) if exact else None
@@ -289,7 +291,7 @@ class _Search:
         if not torch.allclose(trial, _at_origin(trial).expand_as(trial), rtol=1e-4, atol=1e-6):
             return None  # what it leaves behind would not be the same everywhere
         # A stream that is written over has to be a copy, which the sum with a constant is.
-        overwritten = any(_in_place(self.net, reader) for reader in add.users)
+        overwritten = any(in_place(self.net, reader) for reader in add.users)
         adds_nothing = [name for node in (last, *tail.nodes) for name in self._tensors(node)] == [
             f"{last.target}.weight"
         ]
@@ -352,22 +354,12 @@ def _around(nodes: Sequence[fx.Node], layer: fx.Node) -> set[fx.Node]:
 def _adds(node: fx.Node) -> bool:
     """Whether a node adds two traced values."""
     plain = len(node.args) == len(node.all_input_nodes) == 2 and not node.kwargs
-    return plain and node.op in ("call_function", "call_method") and _name(node) == "add"
+    return plain and node.op in ("call_function", "call_method") and operation(node) == "add"
 
 
 def _paths(node: fx.Node) -> list[str]:
     """Return the modules that a node is in, from the whole network, "", inwards."""
     return ["", *(path for path, _ in node.meta.get("nn_module_stack", {}).values())]
-
-
-def _in_place(net: nn.Module, node: fx.Node) -> bool:
-    """Whether a node may write over what it reads."""
-    if node.op == "call_module":
-        return bool(getattr(net.get_submodule(str(node.target)), "inplace", False))
-    name = getattr(node.target, "__name__", str(node.target))
-    if node.target in _IN_PLACE or name.endswith("_") or node.kwargs.get("inplace"):
-        return True
-    return name in ("relu", "relu6") and node.args[1:] == (True,)
 
 
 def _at_origin(value: Tensor) -> Tensor:

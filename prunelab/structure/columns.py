@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from prunelab.layers import ColumnConv2d
-from prunelab.structure.graph import UntraceableError, couple
+from prunelab.structure.graph import couple
 from prunelab.structure.plan import Plan
 from prunelab.structure.space import Cost, Group, Space
+from prunelab.structure.tracing import UntraceableError
 
 
 class ColumnSpace(Space):

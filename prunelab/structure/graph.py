@@ -18,8 +18,7 @@ import copy
 import math
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -30,7 +29,9 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx, nn
 
+from prunelab._modes import modes_kept
 from prunelab.layers import AddConstant, ChannelSelection, ZeroPadChannels
+from prunelab.structure.tracing import UntraceableError, operation, trace
 
 Ids = NDArray[np.int64]
 Role = Literal["out", "in", "channel"]
@@ -115,10 +116,6 @@ class Coupling:
     norms: dict[str, str]  # layer -> the batch norm that alone reads its output
 
 
-class UntraceableError(TypeError):
-    """A network, or a module in it, that cannot be cut safely."""
-
-
 def couple(net: nn.Module, example: Tensor) -> Coupling:
     """Trace `net` and find the groups of channels that can be removed.
 
@@ -136,35 +133,13 @@ def couple(net: nn.Module, example: Tensor) -> Coupling:
     if example.dim() < 2:
         raise ValueError(f"the example must be a batch of images, float [N, C, H, W], got shape {tuple(example.shape)}")
     root = copy.copy(net)  # where torch.fx puts the constants that it meets
-    with _modes_restored(net):
-        labeller = _Labeller(root, example)
-        evaluation = _trace(root.eval())
+    with modes_kept(net):
+        labeller = Labeller(root, example)
+        evaluation = trace(root.eval())
         labeller.evaluate(evaluation)
         if not _reads_all(root, evaluation):
-            labeller.follow_training(_trace(root.train()))
+            labeller.follow_training(trace(root.train()))
     return labeller.coupling()
-
-
-@contextmanager
-def _modes_restored(net: nn.Module) -> Iterator[None]:
-    """Put every module back in its own mode afterwards."""
-    modes = {module: module.training for module in net.modules()}
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def _trace(net: nn.Module) -> fx.Graph:
-    tracer = _Tracer()
-    try:
-        return tracer.trace(net)
-    except Exception as error:
-        raise UntraceableError(
-            f"{type(net).__name__} cannot be traced: module {tracer.where!r} "
-            f"({type(tracer.inside).__name__}) has a forward that depends on values ({error})"
-        ) from error
 
 
 def _reads_all(net: nn.Module, graph: fx.Graph) -> bool:
@@ -173,24 +148,6 @@ def _reads_all(net: nn.Module, graph: fx.Graph) -> bool:
     own = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
     read = {id(p) for layer in layers for p in layer.parameters()}
     return all(id(p) in read or name in own for name, p in net.named_parameters(remove_duplicate=False))
-
-
-class _Tracer(fx.Tracer):
-    """A tracer that remembers which module it was in, to name it when tracing fails."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.where, self.inside = "", nn.Module()
-
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        outer = self.where, self.inside
-        self.where, self.inside = self.path_of_module(m), m
-        result = super().call_module(m, forward, args, kwargs)
-        self.where, self.inside = outer
-        return result
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m) in _MODULES or super().is_leaf_module(m, module_qualified_name)
 
 
 @dataclass
@@ -206,7 +163,7 @@ class _Found:
     norms: dict[str, str] = field(default_factory=dict)
 
 
-class _Labeller(fx.Interpreter):
+class Labeller(fx.Interpreter):
     """Runs a traced graph on the meta device, carrying channel ids beside the tensors."""
 
     def __init__(self, net: nn.Module, example: Tensor) -> None:
@@ -276,9 +233,11 @@ class _Labeller(fx.Interpreter):
         node = n.all_input_nodes[0]
         channels = self.channels.get(node)
         if not isinstance(channels, Channels):
-            raise self.refuse(f"{_name(n)!r} reads {node.name!r}, whose channels are not known")
+            raise self.refuse(f"{operation(n)!r} reads {node.name!r}, whose channels are not known")
         if dim is not None and channels.dim != dim % self.env[node].dim():
-            raise self.refuse(f"{_name(n)!r} works along dimension {dim}, the channels are in dimension {channels.dim}")
+            raise self.refuse(
+                f"{operation(n)!r} works along dimension {dim}, the channels are in dimension {channels.dim}"
+            )
         return channels
 
     def where(self) -> tuple[str, Any]:
@@ -304,7 +263,7 @@ class _Labeller(fx.Interpreter):
         except Exception as error:
             raise ValueError(
                 f"the network does not accept an input like the example{' in training' * self.module.training}, "
-                f"{self.example.dtype} of shape {tuple(self.example.shape)}: {_name(n)!r} says {error}"
+                f"{self.example.dtype} of shape {tuple(self.example.shape)}: {operation(n)!r} says {error}"
             ) from None
         self.env[n] = value
         self.channels[n] = self._channels_of(n, value)
@@ -347,9 +306,9 @@ class _Labeller(fx.Interpreter):
         carried = any(self.channels.get(source) is not None for source in n.all_input_nodes)
         if not carried or not all(isinstance(tensor, Tensor) for tensor in tensors):
             return None  # sizes, devices and other plain values
-        function = _FUNCTIONS.get(_name(n))
+        function = _FUNCTIONS.get(operation(n))
         if function is None:
-            raise self.refuse(f"operation {_name(n)!r} is not known to prunelab")
+            raise self.refuse(f"operation {operation(n)!r} is not known to prunelab")
         return function(self, n, value)
 
     def _parameter(self, name: str, value: Any) -> Channels | None:
@@ -440,7 +399,7 @@ class _Labeller(fx.Interpreter):
 # -- modules: each handler returns the channels of the module's output -------------------------------------------------
 
 
-def _conv(run: _Labeller, n: fx.Node, conv: nn.Module, value: Tensor) -> Channels:
+def _conv(run: Labeller, n: fx.Node, conv: nn.Module, value: Tensor) -> Channels:
     assert isinstance(conv, nn.Conv2d)
     name, read = str(n.target), run.source(n, -3).ids
     written = run.written(conv, "weight", conv.out_channels)
@@ -459,7 +418,7 @@ def _conv(run: _Labeller, n: fx.Node, conv: nn.Module, value: Tensor) -> Channel
     return _written(run, name, conv, "out_channels", Channels(written, value.dim() - 3))
 
 
-def _linear(run: _Labeller, n: fx.Node, linear: nn.Module, value: Tensor) -> Channels:
+def _linear(run: Labeller, n: fx.Node, linear: nn.Module, value: Tensor) -> Channels:
     assert isinstance(linear, nn.Linear)
     name, read = str(n.target), run.source(n, -1).ids
     written = run.written(linear, "weight", linear.out_features)
@@ -469,7 +428,7 @@ def _linear(run: _Labeller, n: fx.Node, linear: nn.Module, value: Tensor) -> Cha
     return _written(run, name, linear, "out_features", Channels(written, value.dim() - 1))
 
 
-def _written(run: _Labeller, name: str, layer: nn.Module, attribute: str, channels: Channels) -> Channels:
+def _written(run: Labeller, name: str, layer: nn.Module, attribute: str, channels: Channels) -> Channels:
     run.axis(name, "weight", 0, "out", channels.ids)
     run.count(name, attribute, channels.ids)
     if layer.bias is not None:
@@ -477,7 +436,7 @@ def _written(run: _Labeller, name: str, layer: nn.Module, attribute: str, channe
     return channels
 
 
-def _batch_norm(run: _Labeller, n: fx.Node, norm: nn.Module, value: Tensor) -> Channels:
+def _batch_norm(run: Labeller, n: fx.Node, norm: nn.Module, value: Tensor) -> Channels:
     channels = run.source(n, 1)
     for tensor in ("weight", "bias", "running_mean", "running_var"):
         if getattr(norm, tensor) is not None:
@@ -489,44 +448,44 @@ def _batch_norm(run: _Labeller, n: fx.Node, norm: nn.Module, value: Tensor) -> C
     return channels
 
 
-def _across_channels(run: _Labeller, n: fx.Node, module: nn.Module, value: Tensor) -> Channels:
+def _across_channels(run: Labeller, n: fx.Node, module: nn.Module, value: Tensor) -> Channels:
     """A module whose output at one channel depends on the others: none of them can go."""
     return _pin_source(run, n, value)
 
 
-def _same(run: _Labeller, n: fx.Node, module: nn.Module, value: Tensor) -> Channels:
+def _same(run: Labeller, n: fx.Node, module: nn.Module, value: Tensor) -> Channels:
     return run.source(n)
 
 
-def _over_space(run: _Labeller, n: fx.Node, module: nn.Module, value: Tensor) -> Channels:
+def _over_space(run: Labeller, n: fx.Node, module: nn.Module, value: Tensor) -> Channels:
     return run.source(n, -3)
 
 
-def _shape_module(run: _Labeller, n: fx.Node, module: nn.Module, value: Tensor) -> Channels:
+def _shape_module(run: Labeller, n: fx.Node, module: nn.Module, value: Tensor) -> Channels:
     channels = _reshaped(run, n, module)
     assert isinstance(channels, Channels)
     return channels
 
 
-def _unflatten(run: _Labeller, n: fx.Node, module: nn.Module, value: Tensor) -> Channels:
+def _unflatten(run: Labeller, n: fx.Node, module: nn.Module, value: Tensor) -> Channels:
     run.pin(run.source(n).ids)  # its sizes are written into the module
     return _shape_module(run, n, module, value)
 
 
-def _add_constant(run: _Labeller, n: fx.Node, module: nn.Module, value: Tensor) -> Channels:
+def _add_constant(run: Labeller, n: fx.Node, module: nn.Module, value: Tensor) -> Channels:
     channels = run.source(n, 1)
     run.axis(str(n.target), "value", 0, "channel", channels.ids)
     return channels
 
 
-def _zero_pad(run: _Labeller, n: fx.Node, pad: nn.Module, value: Tensor) -> Channels:
+def _zero_pad(run: Labeller, n: fx.Node, pad: nn.Module, value: Tensor) -> Channels:
     assert isinstance(pad, ZeroPadChannels)
     before = run.count(str(n.target), "before", run.fresh(pad.before))
     after = run.count(str(n.target), "after", run.fresh(pad.after))
     return Channels(np.concatenate([before, run.source(n, 1).ids, after]), 1)
 
 
-def _selection(run: _Labeller, n: fx.Node, selection: nn.Module, value: Tensor) -> Channels:
+def _selection(run: Labeller, n: fx.Node, selection: nn.Module, value: Tensor) -> Channels:
     run.pin(run.source(n, 1).ids)  # what passes is given by its place in the whole stream
     passed = run.written(selection, "kept", value.shape[1])
     run.axis(str(n.target), "kept", 0, "out", passed)
@@ -540,7 +499,7 @@ _ELEMENTWISE_MODULES = (
 _ACROSS_CHANNELS = (nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.Softmax, nn.LogSoftmax)
 _SAME_SHAPE = (nn.modules.batchnorm._BatchNorm, *_ELEMENTWISE_MODULES, *_ACROSS_CHANNELS)
 
-_MODULES: dict[type[nn.Module], Callable[[_Labeller, fx.Node, nn.Module, Any], Channels]] = {
+_MODULES: dict[type[nn.Module], Callable[[Labeller, fx.Node, nn.Module, Any], Channels]] = {
     nn.Conv2d: _conv,
     nn.Linear: _linear,
     nn.modules.batchnorm._BatchNorm: _batch_norm,
@@ -564,43 +523,43 @@ _MODULES: dict[type[nn.Module], Callable[[_Labeller, fx.Node, nn.Module, Any], C
 # -- functions and methods ---------------------------------------------------------------------------------------------
 
 
-def _elementwise(run: _Labeller, n: fx.Node, value: Tensor) -> Channels:
+def _elementwise(run: Labeller, n: fx.Node, value: Tensor) -> Channels:
     """Channel i of the result comes from channel i of every operand, so they share their fate."""
     operands = [(run.channels.get(a), run.env[a]) for a in n.all_input_nodes]
     # Dimensions are counted from the right, as in broadcasting.
     carried = [(c.ids, c.dim - tensor.dim()) for c, tensor in operands if isinstance(c, Channels)]
     if not carried:
-        raise run.refuse(f"{_name(n)!r} of a list of tensors")
+        raise run.refuse(f"{operation(n)!r} of a list of tensors")
     widest, dim = max(carried, key=lambda pair: len(pair[0]))
     for ids, place in carried:
         if place == dim and len(ids) == len(widest):
             if ids is not widest:
-                run.tie(_name(n), widest, ids)
+                run.tie(operation(n), widest, ids)
         elif len(ids) == 1:
             run.pin(ids)  # one map that gates or shifts all channels
         else:
-            raise run.refuse(f"{_name(n)!r} mixes channels of different dimensions")
+            raise run.refuse(f"{operation(n)!r} mixes channels of different dimensions")
     for channels, other in operands:
         if channels is None and isinstance(other, int | float):
-            raise run.refuse(f"{_name(n)!r} computes with the size of a tensor")
+            raise run.refuse(f"{operation(n)!r} computes with the size of a tensor")
         if channels is None and isinstance(other, Tensor) and other.dim() >= -dim and other.shape[dim] > 1:
             run.pin(widest)  # a constant with one value per channel
     return Channels(widest, value.dim() + dim)
 
 
-def _concatenate(run: _Labeller, n: fx.Node, value: Tensor) -> Channels:
+def _concatenate(run: Labeller, n: fx.Node, value: Tensor) -> Channels:
     parts: Any = n.args[0] if n.args else n.kwargs["tensors"]
     found = [run.channels.get(part) for part in parts]
     known = [channels for channels in found if isinstance(channels, Channels)]
     if len(known) < len(found):
-        raise run.refuse(f"{_name(n)!r} of a tensor whose channels are not known")
+        raise run.refuse(f"{operation(n)!r} of a tensor whose channels are not known")
     given: Any = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim", n.kwargs.get("axis", 0))
     if any(channels.dim != given % value.dim() for channels in known):
         return _elementwise(run, n, value)
     return Channels(np.concatenate([channels.ids for channels in known]), given % value.dim())
 
 
-def _reduce(run: _Labeller, n: fx.Node, value: Tensor) -> Channels | None:
+def _reduce(run: Labeller, n: fx.Node, value: Tensor) -> Channels | None:
     """A mean or maximum over dimensions: free over space, pinned over channels."""
     source, rank = run.source(n), run.env[n.all_input_nodes[0]].dim()
     given: Any = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim")
@@ -611,17 +570,17 @@ def _reduce(run: _Labeller, n: fx.Node, value: Tensor) -> Channels | None:
     return Channels(source.ids, source.dim - (value.dim() < rank) * sum(d < source.dim for d in reduced))
 
 
-def _pin_source(run: _Labeller, n: fx.Node, value: Tensor) -> Channels:
+def _pin_source(run: Labeller, n: fx.Node, value: Tensor) -> Channels:
     channels = run.source(n)
     run.pin(channels.ids)
     return channels
 
 
-def _pool(run: _Labeller, n: fx.Node, value: Tensor) -> Channels:
+def _pool(run: Labeller, n: fx.Node, value: Tensor) -> Channels:
     return run.source(n, -3)
 
 
-def _shape_function(run: _Labeller, n: fx.Node, value: Any) -> Any:
+def _shape_function(run: Labeller, n: fx.Node, value: Any) -> Any:
     def call(*args: Any, **kwargs: Any) -> Any:
         if n.op == "call_method":
             method = "reshape" if n.target == "view" else str(n.target)  # the ids' strides are not the tensor's
@@ -632,7 +591,7 @@ def _shape_function(run: _Labeller, n: fx.Node, value: Any) -> Any:
     return _reshaped(run, n, call)
 
 
-def _fixed_size(run: _Labeller, n: fx.Node, value: Any) -> Any:
+def _fixed_size(run: Labeller, n: fx.Node, value: Any) -> Any:
     """A reshape: where its arguments give the number of channels as a plain number, that number cannot change."""
     channels = _shape_function(run, n, value)
     sizes: Any = n.args[1:] or tuple(n.kwargs.values())
@@ -642,14 +601,14 @@ def _fixed_size(run: _Labeller, n: fx.Node, value: Any) -> Any:
     return channels
 
 
-def _fixed_sections(run: _Labeller, n: fx.Node, value: Any) -> Any:
+def _fixed_sections(run: Labeller, n: fx.Node, value: Any) -> Any:
     """A split or unflatten, whose arguments are numbers of channels."""
     if not any(isinstance(run.env[a], int) for a in n.all_input_nodes[1:]):
         run.pin(run.source(n).ids)
     return _shape_function(run, n, value)
 
 
-def _reshaped(run: _Labeller, n: fx.Node, call: Callable[..., Any]) -> Channels | tuple[Channels, ...]:
+def _reshaped(run: Labeller, n: fx.Node, call: Callable[..., Any]) -> Channels | tuple[Channels, ...]:
     """Do to the ids what the operation does to the tensor, and read off where they ended up."""
     parts = run.channels[n.all_input_nodes[0]]
     if isinstance(parts, tuple):  # picking one part of a split
@@ -676,7 +635,7 @@ def _reshaped(run: _Labeller, n: fx.Node, call: Callable[..., Any]) -> Channels 
     return channels
 
 
-def _read_off(run: _Labeller, ids: Tensor) -> Channels:
+def _read_off(run: Labeller, ids: Tensor) -> Channels:
     """Find the dimension along which the ids change; two of them mean that channels were split into sections."""
     changing = [
         dim
@@ -692,18 +651,8 @@ def _read_off(run: _Labeller, ids: Tensor) -> Channels:
     return Channels(numbers[0], dim)
 
 
-def _name(n: fx.Node) -> str:
-    """A module's path, or an operation's name: the same for `a + b`, `a += b` and `a.add_(b)`."""
-    if n.op == "call_module":
-        return str(n.target)
-    name = getattr(n.target, "__name__", str(n.target)).removesuffix("_")
-    return name.removeprefix("i") if n.target in _IN_PLACE else name
-
-
-_IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
-
 # Functions and methods by name.
-_FUNCTIONS: dict[str, Callable[[_Labeller, fx.Node, Any], Any]] = {
+_FUNCTIONS: dict[str, Callable[[Labeller, fx.Node, Any], Any]] = {
     **dict.fromkeys(
         (
             "add", "sub", "mul", "div", "truediv", "neg", "abs", "exp", "sqrt", "rsqrt", "square", "pow", "clamp",

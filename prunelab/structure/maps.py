@@ -10,7 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
+from prunelab._modes import evaluating
 from prunelab.layers import ZeroPadChannels
+from prunelab.structure.tracing import operation, trace
 
 if TYPE_CHECKING:
     from prunelab.structure.graph import Coupling
@@ -24,7 +26,7 @@ _ACTIVATIONS = (
     nn.Softplus, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh,
 )  # fmt: skip
 _ACTIVATION_FUNCTIONS = (
-    "relu", "relu_", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish", "sigmoid", "tanh",
+    "relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish", "sigmoid", "tanh",
     "softplus", "hardswish", "hardsigmoid", "hardtanh",
 )  # fmt: skip
 
@@ -45,14 +47,8 @@ def mean_over_maps(space: Space, measure: Measure, batches: Iterable[Tensor]) ->
         ValueError: the space is not one of channels, there is no image, or a group has no maps [N, C, ...] to see.
     """
     watch = _Watch(space, measure)
-    modes = {module: module.training for module in space.net.modules()}
-    space.net.eval()
-    try:
-        with torch.no_grad():
-            images = sum(watch.look_at(batch) for batch in batches)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(space.net), torch.no_grad():
+        images = sum(watch.look_at(batch) for batch in batches)
     if images == 0:
         raise ValueError("feature maps are seen on images, at least one: got none")
     parts = zip(space.groups, (watch.sums / watch.counts)[:-1].split(space.sizes.tolist()), strict=True)
@@ -60,11 +56,6 @@ def mean_over_maps(space: Space, measure: Measure, batches: Iterable[Tensor]) ->
     if unseen := [name for name, mean in means.items() if mean.isnan().any()]:
         raise ValueError(f"no feature maps [N, C, ...] to see of {', '.join(unseen)}: its channels are rearranged")
     return means
-
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m).__module__ == ZeroPadChannels.__module__ or super().is_leaf_module(m, module_qualified_name)
 
 
 class _Watch(fx.Interpreter):
@@ -79,7 +70,7 @@ class _Watch(fx.Interpreter):
         coupling: Coupling | None = getattr(space, "coupling", None)
         if coupling is None:
             raise ValueError(f"feature maps belong to channels; this space has {space.kind}")
-        super().__init__(space.net, graph=_Tracer().trace(space.net))
+        super().__init__(space.net, graph=trace(space.net))
         self.measure = measure
         self.written = {axis.module: axis.units for axis in coupling.axes if axis.role == "out"}
         self.places = self._places(coupling.norms)
@@ -109,7 +100,7 @@ class _Watch(fx.Interpreter):
     def _activates(self, n: fx.Node) -> bool:
         if n.op == "call_module":
             return isinstance(self.fetch_attr(str(n.target)), _ACTIVATIONS)
-        return _name(n) in _ACTIVATION_FUNCTIONS
+        return operation(n) in _ACTIVATION_FUNCTIONS
 
     def look_at(self, images: Tensor) -> int:
         """Run the network on images, measure all maps, and return how many images there were."""
@@ -136,7 +127,7 @@ class _Watch(fx.Interpreter):
             known = [found for source in n.all_input_nodes if (found := self.units.get(source)) is not None]
             if not known:
                 return None
-            if _name(n) in ("cat", "concat"):
+            if operation(n) in ("cat", "concat"):
                 units = np.concatenate(known)
             elif n.op == "call_module" and isinstance(pad := self.fetch_attr(str(n.target)), ZeroPadChannels):
                 units = np.pad(known[0], (pad.before, pad.after), constant_values=-1)
@@ -152,7 +143,3 @@ class _Watch(fx.Interpreter):
             where = torch.from_numpy(units[chosen])
             self.sums.index_add_(0, where, measured.double().sum(0).cpu())
             self.counts.index_add_(0, where, self.counts.new_full(where.shape, len(maps)))
-
-
-def _name(n: fx.Node) -> str:
-    return getattr(n.target, "__name__", str(n.target))
