@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from prunelab import cost, scores
+from prunelab import scores
 from prunelab.data import load
 from prunelab.methods.base import Pruned
 from prunelab.methods.hrank import RATES, Count, HRank, alone, by_layer, count, gaps, removed
@@ -361,13 +361,6 @@ def case(request: pytest.FixtureRequest, context: Context) -> tuple[nn.Module, d
     net = build(name, shape=SHAPE, width=width, seed=0)
     before = copy.deepcopy(net.state_dict())
     return net, before, HRank(g=50, share=1.0)(net, Budget(0.5, "conv"), context)
-
-
-def test_the_budget_is_met(case: tuple[nn.Module, dict[str, Tensor], Pruned], context: Context) -> None:
-    net, _, pruned = case
-    example = context.data.example
-    kept = cost.macs(pruned.net, example, "conv") / cost.macs(net, example, "conv")
-    assert 0.49 < kept <= 0.5
 
 
 def test_the_net_is_untouched_and_epochs_are_counted(

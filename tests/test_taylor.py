@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunelab import cost
 from prunelab.data import load
 from prunelab.methods.base import Pruned
 from prunelab.methods.taylor import Taylor, gated, normalised, ranking
@@ -184,21 +183,6 @@ def case(request: pytest.FixtureRequest, context: Context) -> tuple[nn.Module, d
     net = build(name, shape=SHAPE, width=width, seed=0)
     before = copy.deepcopy(net.state_dict())
     return net, before, Taylor(updates=4, share=1.0)(net, Budget(0.5, "conv"), context)
-
-
-def test_budget_is_met(case: tuple[nn.Module, dict[str, Tensor], Pruned], context: Context) -> None:
-    net, _, pruned = case
-    example = context.data.example
-    kept = cost.macs(pruned.net, example, "conv") / cost.macs(net, example, "conv")
-    assert kept <= 0.5
-    space = ChannelSpace(net, example)
-    widths = pruned.plan.widths
-    one_more = [
-        space.macs({**widths, group: width + 1}, "conv") / space.macs(scope="conv")
-        for group, width in widths.items()
-        if width < pruned.plan.sizes[group]
-    ]
-    assert max(one_more) > 0.5 or kept > 0.49  # as near as whole units come, or one percentage point
 
 
 def test_widths_fall_round_by_round(case: tuple[nn.Module, dict[str, Tensor], Pruned], context: Context) -> None:

@@ -1,0 +1,99 @@
+"""What every method in `prunelab.methods` keeps to, whatever the paper: a new file there is tested here by itself."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+
+import pytest
+import torch
+from torch import nn
+
+from prunelab import cost, data, models
+from prunelab.methods import METHODS, Pruned, build
+from prunelab.methods.base import SPACES
+from prunelab.structure import Budget, ChannelSpace
+from prunelab.training import Context, Recipe, fit
+
+NETWORKS = {"convnet-bn": 0.5, "resnet20": 0.5}  # name -> width
+BUDGET = Budget(0.5, "conv")
+DENSE = Recipe(epochs=1, lr=0.05, batch_size=64)
+AFTER = Recipe(epochs=2, lr=0.02, batch_size=32)
+QUICK = {"hrank": {"g": 64}, "channel-pruning": {"images": 200}}  # fewer images than the paper's, to be quick
+
+digits = cache(lambda: data.load("digits", image_size=16))
+
+
+@cache
+def trained(name: str) -> tuple[nn.Module, Context]:
+    images = digits()
+    initial = models.build(name, shape=images.shape, width=NETWORKS[name], seed=0)
+    net = copy.deepcopy(initial)
+    fit(net, images, DENSE, seed=0, progress=False)
+    return net, Context(images, AFTER, seed=0, progress=False, initial=initial, dense=DENSE)
+
+
+@cache
+def pruned(method: str, name: str) -> Pruned:
+    net, context = trained(name)
+    before = copy.deepcopy(net.state_dict()), copy.deepcopy(context.initial.state_dict())
+    found = build(method, **QUICK.get(method, {}))(net, BUDGET, context)
+    for given, kept in zip((net, context.initial), before, strict=True):
+        assert given.state_dict().keys() == kept.keys()
+        assert all(torch.equal(tensor, kept[key]) for key, tensor in given.state_dict().items())
+    return found
+
+
+cases = pytest.mark.parametrize("name", NETWORKS)
+methods = pytest.mark.parametrize("method", [name for name in METHODS if name != "dense"])
+
+
+@methods
+@cases
+def test_the_budget_is_met(method: str, name: str) -> None:
+    """Within the budget, and no further below it than a percentage point or the filter that costs most."""
+    net, context = trained(name)
+    example = context.data.example
+    kept = cost.macs(pruned(method, name).net, example, "conv") / cost.macs(net, example, "conv")
+    space = ChannelSpace(net, example)
+    filters = [1 - space.spent(BUDGET)(space.widths({g.name: g.size - 1})) for g in space.groups]
+    assert BUDGET.fraction - max(0.01, *filters) < kept <= BUDGET.fraction
+
+
+@methods
+def test_the_network_is_what_the_plan_leaves(method: str) -> None:
+    """The same tensors, of the same shapes, as cutting the dense network by the plan gives."""
+    net, context = trained("convnet-bn")
+    found = pruned(method, "convnet-bn")
+    space = next(space for space in SPACES.values() if space.kind == found.plan.space)(net, context.data.example)
+    shapes = {key: tensor.shape for key, tensor in space.shrink(found.plan).state_dict().items()}
+    assert {key: tensor.shape for key, tensor in found.net.state_dict().items() if key in shapes} == shapes
+
+
+@methods
+@cases
+def test_the_effort_is_not_exceeded(method: str, name: str) -> None:
+    """What a method spends before the caller's fine-tuning, plus what it asks for, is in the open."""
+    found = pruned(method, name)
+    assert 0 <= found.epochs <= AFTER.epochs + 1e-9
+    assert found.recipe is None or found.recipe.epochs <= 2 * DENSE.epochs + AFTER.epochs
+
+
+@methods
+@cases
+def test_the_network_can_be_trained_on(method: str, name: str) -> None:
+    """No hook, mask or frozen parameter is left behind, and a short training helps."""
+    net = copy.deepcopy(pruned(method, name).net)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+    assert all(parameter.requires_grad and parameter.is_leaf for parameter in net.parameters())
+    run = fit(net, digits(), Recipe(epochs=2, lr=0.05, batch_size=64), seed=1, progress=False)
+    assert run.loss[-1] < run.loss[0]
+
+
+@methods
+def test_runs_repeat_bit_for_bit(method: str) -> None:
+    net, context = trained("convnet-bn")
+    first, again = pruned(method, "convnet-bn"), build(method, **QUICK.get(method, {}))(net, BUDGET, context)
+    assert first.plan == again.plan
+    assert first.epochs == again.epochs
+    assert all(torch.equal(tensor, again.net.state_dict()[key]) for key, tensor in first.net.state_dict().items())
