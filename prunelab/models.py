@@ -324,6 +324,28 @@ def build(
         return builder(_Task(classes, shape, width)).apply(_initialise)
 
 
+def reinitialise(net: nn.Module, seed: int) -> nn.Module:
+    """Draw all weights of a network anew, in place, as `build` draws those of our networks; return the network.
+
+    Args:
+        net: any network, also one that was cut: the variance of a convolution is that of its present fan-out.
+        seed: fixes the weights, on every device, and leaves PyTorch's random state alone.
+
+    Raises:
+        ValueError: a module has parameters that it cannot draw, as it has no `reset_parameters`; it is named.
+    """
+    owners = {name: module for name, module in net.named_modules() if list(module.parameters(recurse=False))}
+    if unknown := [name or "itself" for name, module in owners.items() if not hasattr(module, "reset_parameters")]:
+        raise ValueError(f"{type(net).__name__} cannot be drawn anew: no reset_parameters in {', '.join(unknown)}")
+    device = next(net.parameters()).device
+    net.cpu()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        for module in owners.values():
+            module.reset_parameters()
+        return net.apply(_initialise).to(device)
+
+
 def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable
 from itertools import product
@@ -15,11 +16,11 @@ from torch import nn
 
 from prunelab import cost, scores
 from prunelab.data import load
-from prunelab.methods.abcpruner import ABCPruner, Code, Colony, Source, Structures
+from prunelab.methods.abcpruner import APART, ABCPruner, Code, Colony, Source, Structures
 from prunelab.methods.base import Pruned
 from prunelab.models import build
 from prunelab.structure import Budget, ChannelSpace
-from prunelab.training import Context, Recipe, evaluate, fit
+from prunelab.training import Context, Recipe, evaluate, fit, recalibrate
 
 FOUND = "5 7 3 6 6 6 7 6 3 6 2 7 1 2 1 5 5 5 7 4 7 6 2 4 5 3 6"  # alpha = 0.7, the authors' notes
 
@@ -240,6 +241,16 @@ def test_the_best_structure_keeps_its_own_weights(trained: tuple[nn.Module, Cont
     assert pruned.history["best"] == list(np.maximum.accumulate(pruned.history["fitness"]))
     assert evaluate(pruned.net, context.data) == max(pruned.history["fitness"])
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+def test_fitness_is_measured_with_batch_norm_recalibrated(trained: tuple[nn.Module, Context]) -> None:
+    pruned, (net, context) = searched(trained, sources=1, cycles=0), trained
+    recipe = dataclasses.replace(context.recipe, epochs=0.5 * context.recipe.epochs, schedule="constant")
+    small = ChannelSpace(net, context.data.example).shrink(pruned.plan)
+    fit(small, context.data, recipe, seed=context.seed + APART, progress=False)
+    stale = evaluate(small, context.data)
+    recalibrate(small, context.data, 4, recipe.batch_size, context.seed + APART)
+    assert pruned.history["fitness"] == [evaluate(small, context.data)] != [stale]
 
 
 def test_the_effort_is_counted(trained: tuple[nn.Module, Context]) -> None:

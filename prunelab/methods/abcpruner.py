@@ -22,11 +22,12 @@ from prunelab import scores as criteria
 from prunelab.methods.base import Pruned
 from prunelab.structure import Budget, ChannelSpace, Plan
 from prunelab.structure.space import Scores
-from prunelab.training import Context, evaluate, fit
+from prunelab.training import Context, evaluate, fit, recalibrate
 
 Inherit = Literal["random", "l1", "none"]
 Code = NDArray[np.int64]
 
+RECALIBRATION = 4  # batches
 APART = 100  # between the seeds of two evaluations, so that no training repeats the batches of another
 
 
@@ -35,7 +36,9 @@ class ABCPruner:
     """Search the widths with a bee colony; what each layer keeps is drawn at random from the trained filters.
 
     A food source is a code: tenths, 1 to 10·α, one per layer. Its fitness is the accuracy on validation images after a
-    short training, on test images in the released code. In each cycle every source is changed once by its employed bee,
+    short training, on test images in the released code. Batch norm is recalibrated before it is measured: after a few
+    steps its running statistics are still those of the dense network. In each cycle every source is changed once by its
+    employed bee,
 
         G_i = C_ji + r·(C_ji − C_gi),  r ~ U(−1, 1),  g ≠ j,
 
@@ -250,6 +253,7 @@ class _Fitness:
         net, context = self.structures.space.shrink(plan), self.context
         seed = context.seed + APART * (1 + len(self.tried))
         self.epochs += fit(net, context.data, self.recipe, seed=seed, progress=False).epochs
+        recalibrate(net, context.data, RECALIBRATION, context.recipe.batch_size, seed)
         self.tried.append(Source(code, plan, net, evaluate(net, context.data)))
         self.tick()
         return self.tried[-1]
