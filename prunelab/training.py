@@ -86,13 +86,18 @@ def learning_rate(recipe: Recipe, progress: float) -> float:
 
 @dataclass
 class State:
-    """What a hook sees of a run: `step` counts from 0 to `steps` - 1; setting `stop` ends the run after this step."""
+    """What a hook sees of a run: `step` counts from 0 to `steps` - 1; setting `stop` ends the run after this step.
+
+    `images`, normalised and augmented, and `labels` are what the step trains on.
+    """
 
     net: nn.Module
     optimizer: torch.optim.Optimizer
     step: int
     steps: int
     steps_per_epoch: int
+    images: Tensor = torch.empty(0)
+    labels: Tensor = torch.empty(0)
     stop: bool = False
 
 
@@ -202,7 +207,7 @@ def fit(
     with _deterministic(seed, data.device), tqdm(total=steps, desc=label, leave=False, disable=not progress) as bar:
         hook.start(state)
         for step, (images, labels) in zip(range(steps), batches, strict=False):
-            state.step = step
+            state.step, state.images, state.labels = step, images, labels
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(recipe, (step + 0.5) / steps)  # mid-step: neither end wastes a step on 0
             hook.before_step(state)
