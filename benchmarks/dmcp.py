@@ -14,7 +14,7 @@ import torch
 import typer
 
 from prunelab import data, models
-from prunelab.methods.dmcp import DMCP, Chains, ExpectedCost, Observed, Search, Supernet
+from prunelab.methods.dmcp import DMCP, Chains, ExpectedCost, Search, Supernet
 from prunelab.structure import Budget, ChannelSpace
 from prunelab.training import Recipe, fit
 
@@ -22,7 +22,6 @@ from prunelab.training import Recipe, fit
 def main(model: str = "convnet-bn", steps: int = 10, rounds: int = 3, batch_size: int = 128) -> None:
     """Print milliseconds per step of plain training and of both halves of the search, and the ratios of the medians."""
     images = data.load("cifar10") if os.environ.get("PRUNELAB_DATA") else data.load("digits", image_size=32)
-    observed = Observed(**vars(images))
     recipe = Recipe(steps * batch_size / len(images.train.labels), lr=1e-3, batch_size=batch_size)
     budget = Budget(macs=0.25, scope="conv")
 
@@ -36,8 +35,8 @@ def main(model: str = "convnet-bn", steps: int = 10, rounds: int = 3, batch_size
     def search(warmup: float) -> float:
         space = ChannelSpace(build(), images.example)
         cost = ExpectedCost(space, budget)
-        hook = Search(Supernet(space), Chains(space.sizes), cost, budget.fraction, DMCP(warmup=warmup), observed)
-        run = fit(hook.supernet, observed, recipe, seed=0, hook=hook, progress=False)
+        hook = Search(Supernet(space), Chains(space.sizes), cost, budget.fraction, DMCP(warmup=warmup))
+        run = fit(hook.supernet, images, recipe, seed=0, hook=hook, progress=False)
         return run.seconds / run.steps
 
     seconds: dict[str, list[float]] = {"plain": [], "four networks": [], "and α": []}

@@ -12,18 +12,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from prunelab import cost
-from prunelab.data import load
+from prunelab.data import Data, load
 from prunelab.methods.base import Pruned
 from prunelab.methods.dmcp import (
     DMCP,
     Chains,
     ExpectedCost,
-    Observed,
     Search,
     Supernet,
     budget_loss,
@@ -70,6 +69,7 @@ def test_groups_are_those_of_the_released_resnet_configurations(size: int, least
     assert chains.widths[0, -1] == size
 
 
+@settings(max_examples=30)
 @given(
     st.lists(st.integers(1, 70), min_size=1, max_size=5), st.floats(0.01, 0.5), st.floats(0, 0.5), st.integers(0, 99)
 )
@@ -314,8 +314,8 @@ def test_with_p_of_one_the_soft_network_is_the_plain_one(name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def digits() -> Observed:
-    return Observed(**vars(load("digits")))
+def digits() -> Data:
+    return load("digits")
 
 
 def test_distillation_by_hand() -> None:
@@ -327,7 +327,7 @@ class Recorded(Search):
     """A search that keeps its gradients, and the networks and batch that they belong to."""
 
     def after_gradients(self, state: State) -> None:
-        self.before = copy.deepcopy(state.net.net)
+        self.before, self.batch = copy.deepcopy(state.net.net), (state.images, state.labels)
         self.of_whole = {name: p.grad.clone() for name, p in state.net.net.named_parameters()}
         self.drawn: list[Tensor] = []
         prefix = self.chains.prefix
@@ -338,16 +338,16 @@ class Recorded(Search):
 
 
 @pytest.mark.parametrize(("name", "warmup"), [("convnet-bn", 0.9), ("resnet20", 0.0)])
-def test_the_gradient_is_the_sum_over_four_networks(name: str, warmup: float, digits: Observed) -> None:
+def test_the_gradient_is_the_sum_over_four_networks(name: str, warmup: float, digits: Data) -> None:
     net = build(name, shape=digits.shape, seed=0, width=0.5)
     space = ChannelSpace(net, digits.example)
     chains = random_chains(space.sizes)
-    search = Recorded(Supernet(space), chains, ExpectedCost(space, Budget(0.5)), 0.5, DMCP(warmup=warmup), digits)
+    search = Recorded(Supernet(space), chains, ExpectedCost(space, Budget(0.5)), 0.5, DMCP(warmup=warmup))
     fit(search.supernet, digits, Recipe(1, lr=0.01, batch_size=64), seed=0, hook=search, progress=False)
     assert len(search.drawn) == 3 and torch.equal(search.drawn[0], chains.widths[:, 0])
     assert len({tuple(widths.tolist()) for widths in search.drawn}) == 3
 
-    images, labels = (part.double() if part.is_floating_point() else part for part in digits.batch)
+    images, labels = (part.double() if part.is_floating_point() else part for part in search.batch)
     expected = {n: torch.zeros(p.shape, dtype=torch.float64) for n, p in search.before.named_parameters()}
     whole = ChannelSpace(search.before.double().train(), digits.example.double())
     teacher = whole.net(images).detach()
@@ -369,18 +369,18 @@ def test_the_gradient_is_the_sum_over_four_networks(name: str, warmup: float, di
         assert not torch.equal(search.summed[n], search.of_whole[n])
 
 
-def test_warm_up_leaves_alpha_alone_and_alpha_leaves_the_weights_alone(digits: Observed) -> None:
+def test_warm_up_leaves_alpha_alone_and_alpha_leaves_the_weights_alone(digits: Data) -> None:
     recipe = Recipe(10 * 32 / len(digits.train.labels), lr=0.01, batch_size=32)
 
     def weights(warmup: float, penalty: float) -> tuple[Search, dict[str, Tensor]]:
         space = ChannelSpace(build("convnet-bn", shape=digits.shape, seed=0, width=0.5), digits.example)
         settings = DMCP(warmup=warmup, penalty=penalty)
-        search = Search(Supernet(space), Chains(space.sizes), ExpectedCost(space, Budget(0.5)), 0.5, settings, digits)
+        search = Search(Supernet(space), Chains(space.sizes), ExpectedCost(space, Budget(0.5)), 0.5, settings)
         seen: list[Tensor] = []
         search.before_step = lambda state: seen.append(search.chains.alpha.detach().clone())  # type: ignore[method-assign]
         fit(search.supernet, digits, recipe, seed=0, hook=search, progress=False)
         moved = [not torch.equal(a, b) for a, b in itertools.pairwise([*seen, search.chains.alpha.detach()])]
-        assert moved == [step >= round(warmup * len(moved)) for step in range(len(moved))]
+        assert moved == [step >= math.ceil(warmup * len(moved)) for step in range(len(moved))]
         assert search.alpha_steps == sum(moved) == len(search.spent)
         return search, {n: p.detach() for n, p in space.net.named_parameters()}
 
@@ -390,9 +390,9 @@ def test_warm_up_leaves_alpha_alone_and_alpha_leaves_the_weights_alone(digits: O
     assert all(torch.equal(one[n], other[n]) for n in one)
 
 
-def test_the_rate_of_alpha_falls_from_a_half_to_a_tenth(digits: Observed) -> None:
+def test_the_rate_of_alpha_falls_from_a_half_to_a_tenth(digits: Data) -> None:
     space = ChannelSpace(build("convnet-bn", shape=digits.shape, seed=0, width=0.25), digits.example)
-    search = Search(Supernet(space), Chains(space.sizes), ExpectedCost(space, Budget(0.5)), 0.5, DMCP(), digits)
+    search = Search(Supernet(space), Chains(space.sizes), ExpectedCost(space, Budget(0.5)), 0.5, DMCP())
     state = State(space.net, search.optimizer, step=50, steps=100, steps_per_epoch=10)
     rates = [search.settings.lr * search._rate(State(**{**vars(state), "step": step})) for step in (50, 75, 100)]
     assert rates == pytest.approx([0.5, 0.3, 0.1])
@@ -419,11 +419,11 @@ def test_direct_sampling_gives_up_with_the_nearest() -> None:
     assert torch.equal(found, chains.widths[:, 0])
 
 
-def searched(digits: Observed, name: str, budget: Budget, **settings: Any) -> tuple[ChannelSpace, Context, Pruned]:
+def searched(digits: Data, name: str, budget: Budget, **settings: Any) -> tuple[ChannelSpace, Context, Pruned]:
     net = build(name, shape=digits.shape, seed=0, width=0.5)
     before = copy.deepcopy(net.state_dict())
-    recipe = Recipe(0.5, lr=0.03, batch_size=64)
-    context = Context(load("digits"), recipe, seed=0, progress=False, dense=Recipe(2, lr=0.05))
+    recipe = Recipe(0.5, lr=0.03, batch_size=32)
+    context = Context(digits, recipe, seed=0, progress=False, dense=Recipe(2, lr=0.05))
     pruned = DMCP(**settings)(net, budget, context)
     assert all(torch.equal(tensor, before[n]) for n, tensor in net.state_dict().items())
     return ChannelSpace(net, digits.example), context, pruned
@@ -440,7 +440,7 @@ def searched(digits: Observed, name: str, budget: Budget, **settings: Any) -> tu
     ],
     ids=lambda value: value if isinstance(value, str) else f"{value.cost}-{value.fraction}",
 )
-def test_the_budget_is_met(name: str, budget: Budget, sampling: str, digits: Observed) -> None:
+def test_the_budget_is_met(name: str, budget: Budget, sampling: str, digits: Data) -> None:
     space, context, pruned = searched(digits, name, budget, sampling=sampling)
     spent = space.spent(budget)(space.widths(pruned.plan))
     assert budget.fraction - 0.01 <= spent <= budget.fraction
@@ -450,9 +450,9 @@ def test_the_budget_is_met(name: str, budget: Budget, sampling: str, digits: Obs
     assert pruned.recipe == context.dense
 
 
-def test_effort_and_history(digits: Observed) -> None:
+def test_effort_and_history(digits: Data) -> None:
     space, context, pruned = searched(digits, "convnet-bn", Budget(0.25), share=2.0)
-    assert pruned.epochs == pytest.approx(1.0, abs=4.5 / context.steps_per_epoch)
+    assert 1.0 - 5 / context.steps_per_epoch < pruned.epochs <= 1.0
     names, history = [group.name for group in space.groups], pruned.history
     steps = len(history["spent"])
     chains = Chains(space.sizes)
@@ -465,7 +465,7 @@ def test_effort_and_history(digits: Observed) -> None:
     assert history["spent"][-1] == pytest.approx(ExpectedCost(space, Budget(0.25))(mean, variance).item())
 
 
-def test_no_weight_is_inherited_and_the_seed_decides_all(digits: Observed) -> None:
+def test_no_weight_is_inherited_and_the_seed_decides_all(digits: Data) -> None:
     _, _, first = searched(digits, "convnet-bn", Budget(0.25))
     _, _, second = searched(digits, "convnet-bn", Budget(0.25))
     assert first.plan == second.plan and torch.equal(first.history["alpha"], second.history["alpha"])
@@ -496,7 +496,7 @@ def test_an_illegal_field_is_named(field: str, value: Any) -> None:
         DMCP(**{field: value})
 
 
-def test_a_budget_out_of_reach_is_refused_before_any_work(digits: Observed) -> None:
+def test_a_budget_out_of_reach_is_refused_before_any_work(digits: Data) -> None:
     space = ChannelSpace(build("convnet-bn", shape=digits.shape, width=0.5), digits.example)
     least = space.cost(Chains(space.sizes).widths[:, 0].numpy()) / space.macs()
     with pytest.raises(ValueError, match=rf"step=0\.1 and least=0\.1, keeps {least:.4f} of the MACs \(all\)"):
@@ -505,12 +505,12 @@ def test_a_budget_out_of_reach_is_refused_before_any_work(digits: Observed) -> N
         searched(digits, "convnet-bn", Budget(latency=0.5))
 
 
-def test_a_search_too_short_is_refused(digits: Observed) -> None:
+def test_a_search_too_short_is_refused(digits: Data) -> None:
     with pytest.raises(ValueError, match=r"none of the 0 steps of the search moves α: raise share, now 0\.2"):
         searched(digits, "convnet-bn", Budget(0.25), share=0.2)
 
 
-def test_the_dense_recipe_is_needed(digits: Observed) -> None:
+def test_the_dense_recipe_is_needed(digits: Data) -> None:
     net = build("convnet-bn", shape=digits.shape, width=0.25)
     with pytest.raises(ValueError, match="how the dense network was trained"):
         DMCP()(net, Budget(0.5), Context(digits, Recipe(1, lr=0.1), seed=0))

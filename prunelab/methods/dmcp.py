@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from prunelab import scores as criteria
-from prunelab.data import Data
 from prunelab.methods.base import Pruned
 from prunelab.models import reinitialise
 from prunelab.structure import Budget, ChannelSpace, Plan
@@ -119,11 +118,11 @@ class DMCP:
                 f"dmcp: budget {budget.cost}={budget.fraction} cannot be met: the narrowest network, with "
                 f"step={self.step} and least={self.least}, keeps {narrowest:.4f} of the {budget.what}"
             )
-        recipe, images = self._recipe(context), Observed(**vars(context.data))
-        search = Search(Supernet(space), chains, cost, budget.fraction, self, images)
+        recipe = self._recipe(context)
+        search = Search(Supernet(space), chains, cost, budget.fraction, self)
         run = fit(
             search.supernet,
-            images,
+            context.data,
             recipe,
             seed=context.seed,
             hook=search,
@@ -137,11 +136,11 @@ class DMCP:
 
     def _recipe(self, context: Context) -> Recipe:
         """Return the recipe of the search."""
-        epochs = self.share * context.recipe.epochs / (5 - self.warmup)
-        steps = round(epochs * context.steps_per_epoch)
-        if round(self.warmup * steps) >= steps:
+        passes = self.share * context.recipe.epochs * context.steps_per_epoch
+        steps = math.floor(passes / (5 - self.warmup))
+        if math.ceil(self.warmup * steps) >= steps:
             raise ValueError(f"dmcp: none of the {steps} steps of the search moves α: raise share, now {self.share}")
-        return dataclasses.replace(context.recipe, epochs=epochs, schedule="constant")
+        return dataclasses.replace(context.recipe, epochs=steps / context.steps_per_epoch, schedule="constant")
 
     def _plan(self, space: ChannelSpace, chains: Chains, cost: ExpectedCost, budget: Budget, seed: int) -> Plan:
         """Turn probabilities into widths, and those into the prefixes that stay."""
@@ -315,31 +314,12 @@ class Supernet(nn.Module):
         return logits.float()
 
 
-class Observed(Data):
-    """A data set that remembers the last training batch: a hook is not shown what it trains on.
-
-    Attributes:
-        batch: images, float [B, C, H, W], and labels, int64 [B].
-    """
-
-    batch: tuple[Tensor, Tensor]
-
-    def batches(
-        self, split: Literal["train", "val", "test"], batch_size: int, generator: torch.Generator | None = None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Iterate as `Data.batches` does."""
-        for self.batch in super().batches(split, batch_size, generator):
-            yield self.batch
-
-
 class Search(Hook):
     """The training side: three narrower networks beside the whole one, then a step of α."""
 
-    def __init__(
-        self, supernet: Supernet, chains: Chains, cost: ExpectedCost, target: float, settings: DMCP, images: Observed
-    ) -> None:
-        self.supernet, self.chains, self.cost, self.target = supernet, chains, cost, target
-        self.settings, self.images = settings, images
+    def __init__(self, supernet: Supernet, chains: Chains, cost: ExpectedCost, target: float, settings: DMCP) -> None:
+        self.supernet, self.chains, self.cost = supernet, chains, cost
+        self.target, self.settings = target, settings
         self.optimizer = torch.optim.SGD([chains.alpha], lr=settings.lr, momentum=0.9, nesterov=True)
         self.trace: list[Tensor] = []  # P before every step of α
         self.spent: list[float] = []
@@ -351,21 +331,19 @@ class Search(Hook):
 
     def after_gradients(self, state: State) -> None:
         """Add the gradients of the narrowest network and of two random ones, taught by the whole."""
-        images, _ = self.images.batch
         draw = self.chains.draw_uniform if self._warms_up(state) else self.chains.draw
         for widths in (self.chains.widths[:, 0], *draw(2)):
-            distillation(self.supernet.gated(images, self.chains.prefix(widths)), self.supernet.logits).backward()
+            distillation(self.supernet.gated(state.images, self.chains.prefix(widths)), self.supernet.logits).backward()
 
     def after_step(self, state: State) -> None:
         """Move α, on the same images."""
         if self._warms_up(state):
             return
-        images, labels = self.images.batch
         marginals = self.chains.marginals()
         spent = self.cost(*self.chains.moments(marginals))
         self.trace.append(marginals.detach())
         self.spent.append(spent.item())
-        task = F.cross_entropy(self.supernet.gated(images, self.chains.gates(marginals)), labels)
+        task = F.cross_entropy(self.supernet.gated(state.images, self.chains.gates(marginals)), state.labels)
         loss = task.cpu() + self.settings.penalty * budget_loss(spent, self.target)
         (self.chains.alpha.grad,) = torch.autograd.grad(loss, self.chains.alpha)
         self.optimizer.param_groups[0]["lr"] = self.settings.lr * self._rate(state)
@@ -385,7 +363,7 @@ class Search(Hook):
         }
 
     def _first_step(self, state: State) -> int:
-        return round(self.settings.warmup * state.steps)
+        return math.ceil(self.settings.warmup * state.steps)
 
     def _warms_up(self, state: State) -> bool:
         return state.step < self._first_step(state)

@@ -1,0 +1,459 @@
+"""AutoCompress (Liu et al., AAAI 2020, arXiv 1907.03141): rounds of searched rates, ADMM pruning and purification.
+
+Simulated annealing looks for how much each layer loses, filters and columns apart; ADMM takes the weights there;
+purification then removes more of what has become nearly dead.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from prunelab.admm import ADMM, Frozen, Projection
+from prunelab.data import Split
+from prunelab.methods.base import Pruned, space_of
+from prunelab.structure import Budget, ChannelSpace, Plan, RowColumnSpace, Space
+from prunelab.structure.space import Ints
+from prunelab.training import Context, Recipe, evaluate, fit
+
+Floats = NDArray[np.float64]
+Measure = Callable[[Plan], float]
+
+UNITS = "filters", "columns", "filters+columns"
+APART = 100  # between the seeds of two trainings, so that none repeats the batches of another
+RESERVE = 0.15  # of a round's cut, on a logarithmic scale, that is left to purification
+THRESHOLDS = 8  # that a purification tries at most
+SMALLEST = 1e-3  # rate, before rescaling, so that every group can be made to lose more
+
+
+@dataclass(frozen=True)
+class AutoCompress:
+    """Search rates, prune by ADMM, retrain what is left, purify: round after round, each of about 2x.
+
+    Every round has four steps of search, sampling an action (the rates of all groups), a quick evaluation, accepting or
+    refusing it, and the decision: the best action seen is what ADMM then prunes to. Larger layers lose at least as
+    large a share as smaller ones, which guides the sampling; filters and columns are ordered apart.
+
+    The text of the paper behind its first page could not be read, and its training code was not released. So these are
+    choices, some of them those of NNI or of the same group's ADMM code: how many rounds (each about halves the cost);
+    rates from U(0, 1), changed by U(−m, m) with m = perturbation·T / start_temperature; all rates multiplied by one
+    factor that takes the cost to the round's target, where NNI counts weights; T in accuracy points, falling by the
+    same factor after every evaluation; ρ, from 1e-3 and times 1.3 at each update, the same group's, as AutoCompress's
+    own schedule is not known; a constant learning rate; ADMM and masked retraining of equal length.
+
+    Purification, of which thresholds and their search are not known either, first removes what has no effect: columns
+    of zeros, filters that nobody reads any more or that are zero with all their parameters. Then thresholds grow, one
+    factor times the mean norm of each group's units, as long as the quick accuracy falls by no more than epsilon. A
+    filter's norm is its own or that of the largest column that reads it, whichever is relatively smaller, and with it
+    goes the constant that its batch norm makes of it. Removed zeros are frozen; the caller retrains. It saves about a
+    tenth, as structured pruning leaves it a part of each round's cut; what epsilon forbids in the last round goes in
+    the same order, so that the budget is met.
+
+    unit: "filters", "columns" of the im2col matrix, or "filters+columns". For both, see `admm.Projection`.
+    rounds: >= 1, each of which must remove something; None: as many as make each about 2x.
+    evaluations: >= 0 actions that a round tries; with 0 all groups lose the same share, the control.
+    start_temperature, stop_temperature: T > 0 in accuracy points, falling from one to the other. Their place in
+        the annealing is NNI's, where they are 100 and 20 for any metric.
+    perturbation: m at the start, in (0, 1]; 0.35 in NNI.
+    images: >= 1, how many validation images a quick evaluation sees; there is no other search signal.
+    rho, growth, updates: ρ > 0 at the start of a round, its factor >= 1 at each of the updates >= 1 of Z and U. What ρ
+        does grows with learning rate and steps, so a short training needs a larger one.
+    purification: whether there is any; without it ADMM cuts to the round's target by itself.
+    epsilon: >= 0 accuracy points that a round's purification may cost on the quick images.
+    share: of the context's epochs, in (0, 1], for the training in all rounds.
+    lr: constant learning rate of all that, > 0.
+
+    Raises ValueError naming the field, its value and the legal ones; when called, before any training, for a budget
+    that cannot be met, rounds that would remove nothing, and too few steps for the updates.
+    `Pruned.history` has a list with an entry per round of "actions": [Action], "rates": {group: share lost, of the
+    units that were there}, "residuals": ||W − Z|| / ||W|| over the updates, "fractions": of the budget's cost left
+    (after ADMM's cut, after the removal of what is dead, after purification), and "purification": {"before", "after":
+    quick accuracy, "tau": the largest factor within epsilon}, the last three of purification only if there was one.
+    """
+
+    name: ClassVar[str] = "autocompress"
+
+    unit: str = "filters+columns"
+    rounds: int | None = None
+    evaluations: int = 30
+    start_temperature: float = 5.0
+    stop_temperature: float = 0.5
+    perturbation: float = 0.35
+    images: int = 1000
+    rho: float = 1e-3
+    growth: float = 1.3
+    updates: int = 10
+    purification: bool = True
+    epsilon: float = 1.0
+    share: float = 0.5
+    lr: float = 0.01
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        for field, legal, valid in (
+            ("unit", f"one of {', '.join(map(repr, UNITS))}", self.unit in UNITS),
+            ("rounds", "an integer >= 1, or None", self.rounds is None or _least(self.rounds, 1)),
+            ("evaluations", "an integer >= 0", _least(self.evaluations, 0)),
+            ("stop_temperature", "a finite number > 0", 0 < self.stop_temperature < math.inf),
+            (
+                "start_temperature",
+                f"a finite number >= stop_temperature, {self.stop_temperature!r}",
+                self.stop_temperature <= self.start_temperature < math.inf,
+            ),
+            ("perturbation", "in (0, 1]", 0 < self.perturbation <= 1),
+            ("images", "an integer >= 1", _least(self.images, 1)),
+            ("rho", "a finite number > 0", 0 < self.rho < math.inf),
+            ("growth", "a finite number >= 1", 1 <= self.growth < math.inf),
+            ("updates", "an integer >= 1", _least(self.updates, 1)),
+            ("purification", "true or false", isinstance(self.purification, bool)),
+            ("epsilon", "a number >= 0", self.epsilon >= 0),
+            ("share", "in (0, 1]", 0 < self.share <= 1),
+            ("lr", "a finite number > 0", 0 < self.lr < math.inf),
+        ):
+            if not valid:
+                raise ValueError(f"autocompress: {field} is {getattr(self, field)!r}; it must be {legal}")
+
+    def __call__(self, net: nn.Module, budget: Budget, context: Context) -> Pruned:
+        """Run all rounds on a copy of the network, in which what goes is zero until the end, and cut it."""
+        space = space_of(self.unit, copy.deepcopy(net), context.data.example)
+        targets = self.targets(space, budget)
+        phase = self._phase(context, len(targets))
+        measure = quick(space, context, self.images)
+        draw = np.random.default_rng(context.seed)
+        present, epochs = space.plan({}), 0.0
+        history: dict[str, list[Any]] = defaultdict(list)
+
+        def train(hook: Frozen, number: int) -> float:
+            seed, progress = context.seed + APART * number, context.progress
+            return fit(space.net, context.data, phase, seed=seed, hook=hook, progress=progress, label=self.name).epochs
+
+        spent = space.spent(budget)
+        for number, target in enumerate(targets):
+            before = spent(space.widths(present))
+            left = RESERVE if self.purification else 0.0
+            actions = Actions(space, present, budget.at(target ** (1 - left) * before**left))
+            with tqdm(total=self.evaluations, desc="search", leave=False, disable=not context.progress) as bar:
+                tried = anneal(actions, measure, self, draw, bar.update)
+            widths = actions.widths(
+                max(tried, key=lambda action: action.accuracy).rates if tried else actions.uniform()
+            )
+            history["actions"].append(tried)
+            history["rates"].append(dict(zip(present.keep, (1 - widths / actions.most).tolist(), strict=True)))
+
+            admm = ADMM(actions.projection, widths, self.rho, self.growth, self.updates)
+            epochs += train(admm, 2 * number)
+            present = admm.plan()
+            epochs += train(Frozen(space, present), 2 * number + 1)
+            history["residuals"].append(admm.residuals)
+            fractions = [spent(space.widths(present))]
+            if self.purification:
+                final = budget.at(target)
+                dead, present, report = purify(space, present, final, measure, self.epsilon, target == targets[-1])
+                fractions += [spent(space.widths(dead)), spent(space.widths(present))]
+                history["purification"].append(report)
+            history["fractions"].append(fractions)
+        return Pruned(space.shrink(present), present, epochs, dict(history))
+
+    def targets(self, space: Space, budget: Budget) -> list[float]:
+        """Return the fraction of the budget's cost that is to be left after each round, falling by one factor.
+
+        Raises:
+            ValueError: the budget cannot be met, or a round would remove less than one unit.
+        """
+        fraction = budget.fraction
+        space.plan_for(space.scores("l2"), budget)
+        one_less = space.sizes - np.eye(len(space.sizes), dtype=np.int64)
+        left = space.cost(one_less, budget.scope) / space.macs(scope=budget.scope)
+        most = int(math.log(fraction) / math.log(left[left < 1].max()))
+        rounds = min(most, max(1, round(-math.log2(fraction)))) if self.rounds is None else self.rounds
+        if rounds > most:
+            raise ValueError(
+                f"autocompress: rounds is {self.rounds}; each must remove something, and with a budget of {fraction} "
+                f"of the {budget.what} there can be {most} at most"
+            )
+        return [fraction ** ((number + 1) / rounds) for number in range(rounds)]
+
+    def _phase(self, context: Context, rounds: int) -> Recipe:
+        epochs = self.share * context.recipe.epochs / (2 * max(1, rounds))
+        steps = round(epochs * (len(context.data.train.labels) // context.recipe.batch_size))
+        if steps < self.updates:
+            raise ValueError(
+                f"autocompress: each of {2 * rounds} trainings gets {steps} steps, fewer than updates={self.updates}: "
+                "raise share or the epochs, or lower updates or rounds"
+            )
+        return dataclasses.replace(context.recipe, epochs=epochs, schedule="constant", lr=self.lr)
+
+
+def quick(space: Space, context: Context, images: int) -> Measure:
+    """Return the function of a plan that gives its accuracy, in percent, on validation images without any training."""
+    held_out = Split(context.data.val.images[:images], context.data.val.labels[:images])
+    few = dataclasses.replace(context.data, val=held_out)
+    return lambda plan: evaluate(space.mask(plan), few)  # what the shrunk network computes, without tracing it
+
+
+# -- search -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Action:
+    """What the annealing tried: rates, one per group; their accuracy in percent; at what T, and whether accepted."""
+
+    rates: Floats
+    accuracy: float
+    temperature: float
+    accepted: bool
+
+
+class Actions:
+    """The actions of a round: rates, one per group, whose plans keep no more than the round's target.
+
+    A rate is the share of a group's present units that goes; of columns, of those whose channel stays.
+
+    Args:
+        space: with the network as it is now.
+        present: what is left.
+        target: of the round.
+
+    Attributes:
+        most: present units by group.
+        order: by kind, filters and columns, the groups from the fewest weights to the most.
+    """
+
+    def __init__(self, space: Space, present: Plan, target: Budget) -> None:
+        self.space, self.target = space, target
+        self.projection = Projection(space, present)
+        self.most = space.widths(present)
+        self.spent = space.spent(target)
+        weights = np.array([int(space.unit_weights(group.name).count_nonzero()) for group in space.groups])
+        rows = len(space.rows.groups) if isinstance(space, RowColumnSpace) else len(weights)
+        self.columns = np.arange(len(weights)) >= rows
+        kinds = [np.flatnonzero(~self.columns), np.flatnonzero(self.columns)]
+        self.order = [kind[np.argsort(weights[kind], kind="stable")] for kind in kinds if len(kind)]
+        self._room = self._readable(self.most)
+
+    def widths(self, rates: Floats) -> Ints:
+        """Return how many units of each group stay, int64 [groups]: at least one, and as many as the target allows."""
+        return filled(self.space, self._rounded(rates), self.most, self.target, np.concatenate(self.order))
+
+    def _rounded(self, rates: Floats) -> Ints:
+        rows = np.where(self.columns, self.space.sizes, self._kept(self.most, rates))
+        room = self._readable(rows)
+        return np.where(self.columns, self._kept(self.most * room / self._room, rates), rows)
+
+    def plan(self, rates: Floats) -> Plan:
+        """Return the plan that one-shot pruning by L2 norm makes of the network at these rates."""
+        return self.projection.plan(self.projection.weights, self.widths(rates))
+
+    def guided(self, rates: Floats) -> Floats:
+        """Deal the same rates out so that a group with more weights loses no smaller share, and meet the target."""
+        found = np.empty_like(rates)
+        for groups in self.order:
+            found[groups] = np.sort(rates[groups])
+        return self.rescaled(found)
+
+    def rescaled(self, rates: Floats) -> Floats:
+        """Multiply rates by the smallest factor that meets the target, cut off at 1."""
+        rates = np.maximum(rates, SMALLEST)
+        low, high = 0.0, 1 / float(rates.min())
+        for _ in range(30):
+            middle = (low + high) / 2
+            if self.spent(self._rounded(np.minimum(1, middle * rates))) <= self.target.fraction:
+                high = middle
+            else:
+                low = middle
+        return np.minimum(1, high * rates)
+
+    def uniform(self) -> Floats:
+        """Return the same rate for all groups, but for single units."""
+        return self.rescaled(np.ones(len(self.most)))
+
+    def random(self, draw: np.random.Generator) -> Floats:
+        """Draw an action: every rate from U(0, 1)."""
+        return self.guided(draw.uniform(0, 1, len(self.most)))
+
+    def neighbour(self, rates: Floats, magnitude: float, draw: np.random.Generator) -> Floats:
+        """Change every rate by U(−magnitude, magnitude), and not below 0."""
+        return self.guided(rates + draw.uniform(-magnitude, magnitude, len(rates)))
+
+    def _kept(self, most: NDArray[Any], rates: Floats) -> Ints:
+        return np.maximum(1, np.rint(most * (1 - rates))).astype(np.int64)
+
+    def _readable(self, widths: Ints) -> Ints:
+        """Return the widths with as many columns as the channels left have."""
+        rows = {
+            g.name: int(w) for g, w, column in zip(self.space.groups, widths, self.columns, strict=True) if not column
+        }
+        return self.space.widths(rows)
+
+
+def filled(space: Space, widths: Ints, most: Ints, target: Budget, order: Ints) -> Ints:
+    """Give units back, one to each group in turn and in this order, as long as the target is met."""
+    spent, names = space.spent(target), [group.name for group in space.groups]
+    fits = True
+    while fits:
+        fits = False
+        for group in order[widths[order] < most[order]]:
+            more = widths.copy()
+            more[group] += 1
+            more = space.widths(dict(zip(names, more.tolist(), strict=True)))  # no more columns than channels have
+            if more[group] > widths[group] and spent(more) <= target.fraction:
+                widths, fits = more, True
+    return widths
+
+
+def acceptance(drop: float, temperature: float) -> float:
+    """Return the probability min(1, exp(−Δ/T)) of accepting an action that loses Δ points."""
+    return 1.0 if drop <= 0 else math.exp(-drop / temperature)
+
+
+def anneal(
+    actions: Actions,
+    measure: Measure,
+    settings: AutoCompress,
+    draw: np.random.Generator,
+    tick: Callable[[], object] = lambda: None,
+) -> list[Action]:
+    """Try `evaluations` actions, T falling by one factor from the first to the last, and return them in order."""
+    tried: list[Action] = []
+    current: Action | None = None
+    for temperature in np.geomspace(settings.start_temperature, settings.stop_temperature, settings.evaluations):
+        if current is None:
+            rates = actions.random(draw)
+        else:
+            magnitude = settings.perturbation * temperature / settings.start_temperature
+            rates = actions.neighbour(current.rates, magnitude, draw)
+        accuracy = measure(actions.plan(rates))
+        chance = 1.0 if current is None else acceptance(current.accuracy - accuracy, temperature)
+        tried.append(Action(rates, accuracy, float(temperature), accepted=bool(draw.random() < chance)))
+        current = tried[-1] if tried[-1].accepted else current
+        tick()
+    return tried
+
+
+# -- purification -----------------------------------------------------------------------------------------------------
+
+
+def purify(
+    space: Space, present: Plan, target: Budget, measure: Measure, epsilon: float, last: bool
+) -> tuple[Plan, Plan, dict[str, float]]:
+    """Remove from the network, in place, what is dead and then what is nearly so, until the target or epsilon stops it.
+
+    Returns the plan without what is dead, which costs nothing at all; the plan at the end; and the quick accuracy
+    before and after, with the largest factor τ that was within epsilon. In the last round the target is met anyway.
+    """
+    dead = without_dead(space, present)
+    spent = space.spent(target)
+    strengths = strength(space, dead)
+    accuracy = before = measure(dead)
+    plan, there = dead, spent(space.widths(dead))
+    for fraction in np.geomspace(there, target.fraction, THRESHOLDS + 1)[1:] if there > target.fraction else ():
+        smaller = weakest_gone(space, dead, strengths, target.at(float(fraction)))
+        found = measure(smaller)
+        if before - found > epsilon:
+            break
+        plan, accuracy = smaller, found
+    removed = torch.where(space.gates(dead) > space.gates(plan), strengths, 0.0)
+    if last and spent(space.widths(plan)) > target.fraction:
+        plan = weakest_gone(space, dead, strengths, target)
+        accuracy = measure(plan)
+    space.apply_gates(space.net, space.gates(plan))
+    return dead, plan, {"before": before, "after": accuracy, "tau": float(removed.max())}
+
+
+def without_dead(space: Space, present: Plan) -> Plan:
+    """Return the plan without the units that have no effect at all on the output of the space's network.
+
+    Dead are columns of zeros, filters all of whose readers have zeros for them, and filters that are zero with their
+    biases and batch norm, or else that would leave a constant. Removing some can make others dead. A group keeps one.
+    """
+    while True:
+        space.apply_gates(space.net, space.gates(present))
+        projection = Projection(space, present)
+        dead = projection.norms(projection.weights) == 0
+        if (rows := _rows(space)) is not None:
+            dead[: int(rows.sizes.sum())] = (_read(rows) == 0) | (_own(rows) == 0)
+        keep = {name: np.flatnonzero(~gone.numpy()) for name, gone in projection.by_group(dead.cpu()).items()}
+        smaller = projection.within(
+            space.plan(
+                {
+                    name: sorted({*kept.tolist()} & {*present.keep[name]}) or present.keep[name][:1]
+                    for name, kept in keep.items()
+                }
+            )
+        )
+        if smaller == present:
+            return present
+        present = smaller
+
+
+def strength(space: Space, present: Plan) -> Tensor:
+    """Return the norm of every unit over the mean norm of its group's present units, [units].
+
+    Of a filter, it is no more than that of the largest column that reads it, by the mean of that layer's columns.
+    """
+    projection = Projection(space, present)
+    norms = projection.norms(projection.weights).cpu()
+    there = space.gates(present)
+    parts = zip(projection.by_group(norms).values(), projection.by_group(there).values(), strict=True)
+    found = torch.cat([part / (part @ kept / kept.sum()) for part, kept in parts])
+    if (rows := _rows(space)) is not None:
+        count = int(rows.sizes.sum())
+        found[:count] = found[:count].minimum(_read(rows))
+    return found
+
+
+def weakest_gone(space: Space, present: Plan, strengths: Tensor, target: Budget) -> Plan:
+    """Remove present units below one threshold for all groups, as many as the target needs."""
+    projection, most = Projection(space, present), space.widths(present)
+    scores = strengths.masked_fill(space.gates(present) == 0, -torch.inf)
+    plan = space.plan_for(projection.by_group(scores), target, "global")
+    widths = np.minimum(space.widths(plan), most)
+    return projection.best(strengths, filled(space, widths, most, target, np.argsort(most)))
+
+
+def _rows(space: Space) -> ChannelSpace | None:
+    """Return the space of the filters, if they can be removed."""
+    if isinstance(space, RowColumnSpace):
+        return space.rows
+    return space if isinstance(space, ChannelSpace) else None
+
+
+def _read(rows: ChannelSpace) -> Tensor:
+    """Return the norm of the largest column that reads each filter, over the mean of those that are not zero."""
+    found = torch.full((int(rows.sizes.sum()) + 1,), -torch.inf)
+    parameters = dict(rows.net.named_parameters())
+    for axis in rows.coupling.axes:
+        if axis.role == "in" and axis.name in parameters:
+            columns = parameters[axis.name].detach().transpose(0, axis.dim).norm(dim=1)  # [channels, positions...]
+            columns = (columns / columns[columns > 0].mean()).nan_to_num(0.0).reshape(len(columns), -1).amax(1)
+            found.scatter_reduce_(0, torch.from_numpy(axis.units) % len(found), columns.cpu(), "amax")
+    return found[:-1].masked_fill(found[:-1] == -torch.inf, torch.inf)
+
+
+def _own(rows: ChannelSpace) -> Tensor:
+    """Return the largest of all numbers that make each filter's output: weights, biases, batch norm."""
+    found = torch.zeros(int(rows.sizes.sum()) + 1)
+    parameters = dict(rows.net.named_parameters())
+    for axis in rows.coupling.axes:
+        module = rows.net.get_submodule(axis.module)
+        shifts = axis.tensor == "running_mean" and not getattr(module, "affine", True)
+        if axis.role != "in" and (axis.name in parameters or shifts):
+            tensor: Tensor = getattr(module, axis.tensor)
+            largest = tensor.detach().abs().transpose(0, axis.dim).reshape(tensor.shape[axis.dim], -1).amax(1)
+            found.scatter_reduce_(0, torch.from_numpy(axis.units) % len(found), largest.cpu(), "amax")
+    return found[:-1]
+
+
+def _least(value: object, least: int) -> bool:
+    return isinstance(value, int) and value >= least
