@@ -7,7 +7,8 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ._checks import check_fields
 from ._modes import evaluating
 from .data import Data
 
@@ -52,7 +54,9 @@ class Recipe:
         """Check every field."""
         edges = (0.0, *self.milestones, 1.0)
         increasing = all(low < high for low, high in itertools.pairwise(edges))
-        for field, legal, valid in (
+        check_fields(
+            self,
+            "recipe",
             ("epochs", "a finite number >= 0", 0 <= self.epochs < math.inf),
             ("lr", "a finite number > 0", 0 < self.lr < math.inf),
             ("schedule", f"one of {', '.join(get_args(Schedule))}", self.schedule in get_args(Schedule)),
@@ -61,9 +65,7 @@ class Recipe:
             ("nesterov", "False when momentum is 0", not (self.nesterov and self.momentum == 0)),
             ("weight_decay", "a finite number >= 0", 0 <= self.weight_decay < math.inf),
             ("milestones", "increasing fractions between 0 and 1", increasing),
-        ):
-            if not valid:
-                raise ValueError(f"recipe: {field} is {getattr(self, field)!r}; it must be {legal}")
+        )
 
 
 def learning_rate(recipe: Recipe, progress: float) -> float:
@@ -96,8 +98,8 @@ class State:
     step: int
     steps: int
     steps_per_epoch: int
-    images: Tensor = torch.empty(0)
-    labels: Tensor = torch.empty(0)
+    images: Tensor = field(default_factory=partial(torch.empty, 0))
+    labels: Tensor = field(default_factory=partial(torch.empty, 0))
     stop: bool = False
 
 

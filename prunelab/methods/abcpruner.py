@@ -19,6 +19,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from prunelab import scores as criteria
+from prunelab._checks import check_fields
 from prunelab.methods.base import Pruned
 from prunelab.structure import Budget, ChannelSpace, Plan
 from prunelab.structure.space import Scores
@@ -77,7 +78,9 @@ class ABCPruner:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        for name, legal, valid in (
+        check_fields(
+            self,
+            self.name,
             ("alpha", "one of 0.1, 0.2, ..., 1", self.alpha in [tenths / 10 for tenths in range(1, 11)]),
             ("cycles", "an integer >= 0", isinstance(self.cycles, int) and self.cycles >= 0),
             ("sources", "an integer >= 1, or >= 2 with cycles", _least(self.sources, 2 if self.cycles else 1)),
@@ -85,9 +88,7 @@ class ABCPruner:
             ("changed", "an integer >= 1", _least(self.changed, 1)),
             ("inherit", " or ".join(map(repr, get_args(Inherit))), self.inherit in get_args(Inherit)),
             ("share", "in (0, 1]", 0 < self.share <= 1),
-        ):
-            if not valid:
-                raise ValueError(f"abcpruner: {name} is {getattr(self, name)!r}; it must be {legal}")
+        )
 
     @property
     def evaluations(self) -> int:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from prunelab._checks import check_fields
 from prunelab.admm import ADMM, Frozen, Projection
 from prunelab.data import Split
 from prunelab.methods.base import Pruned, space_of
@@ -101,7 +102,9 @@ class AutoCompress:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        for field, legal, valid in (
+        check_fields(
+            self,
+            self.name,
             ("unit", f"one of {', '.join(map(repr, UNITS))}", self.unit in UNITS),
             ("rounds", "an integer >= 1, or None", self.rounds is None or _least(self.rounds, 1)),
             ("evaluations", "an integer >= 0", _least(self.evaluations, 0)),
@@ -120,9 +123,7 @@ class AutoCompress:
             ("epsilon", "a number >= 0", self.epsilon >= 0),
             ("share", "in (0, 1]", 0 < self.share <= 1),
             ("lr", "a finite number > 0", 0 < self.lr < math.inf),
-        ):
-            if not valid:
-                raise ValueError(f"autocompress: {field} is {getattr(self, field)!r}; it must be {legal}")
+        )
 
     def __call__(self, net: nn.Module, budget: Budget, context: Context) -> Pruned:
         """Run all rounds on a copy of the network, in which what goes is zero until the end, and cut it."""

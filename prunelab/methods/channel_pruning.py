@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from prunelab._checks import check_fields
 from prunelab.layerwise import LayerByLayer, readers_of, streams
 from prunelab.methods.base import Pruned
 from prunelab.reconstruction import Reconstruction, lasso
@@ -68,14 +69,14 @@ class ChannelPruning:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        for field, legal, valid in (
+        check_fields(
+            self,
+            self.name,
             ("selection", " or ".join(map(repr, get_args(Selection))), self.selection in get_args(Selection)),
             ("images", "an integer >= 1", isinstance(self.images, int) and self.images >= 1),
             ("positions", "an integer >= 1", isinstance(self.positions, int) and self.positions >= 1),
             ("ratios", "positive", all(ratio > 0 for ratio in (self.ratios or {}).values())),
-        ):
-            if not valid:
-                raise ValueError(f"channel-pruning: {field} is {getattr(self, field)!r}; it must be {legal}")
+        )
 
     def __call__(self, net: nn.Module, budget: Budget, context: Context) -> Pruned:
         """Prune a copy of the network."""

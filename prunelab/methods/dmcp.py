@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from prunelab import scores as criteria
+from prunelab._checks import check_fields
 from prunelab.methods.base import Pruned
 from prunelab.models import reinitialise
 from prunelab.structure import Budget, ChannelSpace, Plan
@@ -92,7 +93,9 @@ class DMCP:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        for field, legal, valid in (
+        check_fields(
+            self,
+            self.name,
             ("penalty", "a finite number >= 0", 0 <= self.penalty < math.inf),
             ("lr", "a finite number > 0", 0 < self.lr < math.inf),
             ("alpha", "a finite number", math.isfinite(self.alpha)),
@@ -101,9 +104,7 @@ class DMCP:
             ("warmup", "in [0, 1)", 0 <= self.warmup < 1),
             ("sampling", " or ".join(map(repr, get_args(Sampling))), self.sampling in get_args(Sampling)),
             ("share", "a finite number > 0", 0 < self.share < math.inf),
-        ):
-            if not valid:
-                raise ValueError(f"dmcp: {field} is {getattr(self, field)!r}; it must be {legal}")
+        )
 
     def __call__(self, net: nn.Module, budget: Budget, context: Context) -> Pruned:
         """Search, and return an untrained network of the widths found."""

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prunelab._checks import check_fields
 from prunelab.data import Data
 from prunelab.methods.base import Pruned
 from prunelab.models import reinitialise
@@ -84,15 +85,15 @@ class DropNet:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        for field, legal, valid in (
+        check_fields(
+            self,
+            self.name,
             ("metric", " or ".join(map(repr, get_args(Metric))), self.metric in get_args(Metric)),
             ("p", "in (0, 1]", 0 < self.p <= 1),
             ("j", "in (0, 1]", 0 < self.j <= 1),
             ("patience", "an integer >= 1", isinstance(self.patience, int) and self.patience >= 1),
             ("weights", " or ".join(map(repr, get_args(Weights))), self.weights in get_args(Weights)),
-        ):
-            if not valid:
-                raise ValueError(f"dropnet: {field} is {getattr(self, field)!r}; it must be {legal}")
+        )
 
     def __call__(self, net: nn.Module, budget: Budget, context: Context) -> Pruned:
         """Run the cycles, and return the last network before its training."""

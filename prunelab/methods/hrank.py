@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from prunelab import scores as criteria
+from prunelab._checks import check_fields
 from prunelab.methods.base import Masks, Pruned
 from prunelab.structure import Budget, ChannelSpace, Plan
 from prunelab.training import Context, fit
@@ -62,14 +63,14 @@ class HRank:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        for field, legal, valid in (
+        check_fields(
+            self,
+            self.name,
             ("g", "an integer >= 1", isinstance(self.g, int) and self.g >= 1),
             ("selection", f"one of {', '.join(map(repr, get_args(Selection)))}", self.selection in get_args(Selection)),
             ("share", "in [0, 1]", 0 <= self.share <= 1),
             ("lr", "a finite number > 0", 0 < self.lr < math.inf),
-        ):
-            if not valid:
-                raise ValueError(f"hrank: {field} is {getattr(self, field)!r}; it must be {legal}")
+        )
         for group, rate in (self.rates or {}).items():
             if not 0 <= rate < 1:
                 raise ValueError(f"hrank: rates[{group!r}] is {rate!r}; a fraction to remove must be in [0, 1)")

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from prunelab import scores as criteria
+from prunelab._checks import check_fields
 from prunelab.methods.base import Pruned
 from prunelab.models import reinitialise
 from prunelab.structure import Budget, ChannelSpace, Plan
@@ -61,14 +62,14 @@ class Scratch:
     def __post_init__(self) -> None:
         """Check every field."""
         _check_widths(self.name, self.widths)
-        for field, legal, valid in (
+        check_fields(
+            self,
+            self.name,
             ("schedule", " or ".join(map(repr, get_args(Length))), self.schedule in get_args(Length)),
             ("cap", "a number >= 1", self.cap >= 1),
             ("weights", " or ".join(map(repr, get_args(Weights))), self.weights in get_args(Weights)),
             ("lr", "a finite number > 0, or None", self.lr is None or 0 < self.lr < math.inf),
-        ):
-            if not valid:
-                raise ValueError(f"scratch: {field} is {getattr(self, field)!r}; it must be {legal}")
+        )
 
     def __call__(self, net: nn.Module, budget: Budget, context: Context) -> Pruned:
         """Cut, forget the weights, and say how to train."""

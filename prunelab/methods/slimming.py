@@ -17,6 +17,7 @@ from typing import Any, ClassVar, get_args
 import torch
 from torch import Tensor, nn
 
+from prunelab._checks import check_fields
 from prunelab.layers import ChannelSelection
 from prunelab.methods.base import Pruned
 from prunelab.structure import Budget, ChannelSpace, Plan
@@ -69,16 +70,16 @@ class Slimming:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        for field, legal, valid in (
+        check_fields(
+            self,
+            self.name,
             ("penalty", "a finite number >= 0", 0 <= self.penalty < math.inf),
             ("share", "in (0, 1]", 0 < self.share <= 1),
             ("lr", "a finite number > 0", 0 < self.lr < math.inf),
             ("passes", "an integer >= 1", isinstance(self.passes, int) and self.passes >= 1),
             ("cap", "in (0, 1]", 0 < self.cap <= 1),
             ("ranking", " or ".join(map(repr, get_args(Ranking))), self.ranking in get_args(Ranking)),
-        ):
-            if not valid:
-                raise ValueError(f"slimming: {field} is {getattr(self, field)!r}; it must be {legal}")
+        )
 
     def __call__(self, net: nn.Module, budget: Budget, context: Context) -> Pruned:
         """Train a copy of the network with the penalty and cut it, as many times as there are passes."""

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from prunelab import scores
+from prunelab._checks import check_fields
 from prunelab.methods.base import Pruned, space_of
 from prunelab.structure import Budget, Space
 from prunelab.structure.space import open_ended
@@ -120,7 +121,9 @@ class SPP:
     lr: float = 0.01
 
     def __post_init__(self) -> None:
-        for field, legal, valid in (
+        check_fields(
+            self,
+            self.name,
             ("A", "in (0, 1]", 0 < self.A <= 1),
             ("u", "in (0, 1)", 0 < self.u < 1),
             ("t", "an integer >= 1", isinstance(self.t, int) and self.t >= 1),
@@ -129,9 +132,7 @@ class SPP:
             ("averaging", "in [0, 1)", 0 <= self.averaging < 1),
             ("share", "in (0, 1]", 0 < self.share <= 1),
             ("lr", "> 0", self.lr > 0),
-        ):
-            if not valid:
-                raise ValueError(f"spp: {field} is {getattr(self, field)!r}; it must be {legal}")
+        )
 
     def __call__(self, net: nn.Module, budget: Budget, context: Context) -> Pruned:
         """Prune while training at a constant rate; the retraining of the fixed structure is the caller's.

@@ -12,6 +12,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from prunelab._checks import check_fields
 from prunelab.methods.base import Pruned, space_of
 from prunelab.structure import BlockSpace, Budget, Plan, RowColumnSpace, Space
 from prunelab.structure.space import Ranking
@@ -90,7 +91,9 @@ class SSL:
     def __post_init__(self) -> None:
         """Check every field."""
         numbers = self.multipliers if isinstance(self.multipliers, Mapping) else None
-        for field, legal, valid in (
+        check_fields(
+            self,
+            self.name,
             ("lambda_g", "a finite number >= 0, or None", self.lambda_g is None or 0 <= self.lambda_g < math.inf),
             ("unit", f"one of {', '.join(map(repr, UNITS))}", self.unit in UNITS),
             ("update", f"one of {', '.join(map(repr, get_args(Update)))}", self.update in get_args(Update)),
@@ -107,9 +110,7 @@ class SSL:
             ),
             ("share", "in (0, 1]", 0 < self.share <= 1),
             ("lr", "a finite number > 0", 0 < self.lr < math.inf),
-        ):
-            if not valid:
-                raise ValueError(f"ssl: {field} is {getattr(self, field)!r}; it must be {legal}")
+        )
 
     def __call__(self, net: nn.Module, budget: Budget, context: Context) -> Pruned:
         """Train a copy of the network with the penalty, and cut it."""

@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from prunelab._checks import check_fields
 from prunelab.methods.base import Masks, Pruned
 from prunelab.structure import Budget, ChannelSpace, Plan
 from prunelab.training import Context, State, fit
@@ -45,14 +46,14 @@ class Taylor:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        for field, legal, valid in (
+        check_fields(
+            self,
+            self.name,
             ("flops_regularisation", "a finite number >= 0", 0 <= self.flops_regularisation < math.inf),
             ("updates", "an integer >= 1", isinstance(self.updates, int) and self.updates >= 1),
             ("share", "in (0, 1]", 0 < self.share <= 1),
             ("lr", "a finite number > 0", 0 < self.lr < math.inf),
-        ):
-            if not valid:
-                raise ValueError(f"taylor: {field} is {getattr(self, field)!r}; it must be {legal}")
+        )
 
     def __call__(self, net: nn.Module, budget: Budget, context: Context) -> Pruned:
         """Prune a copy of the network while training it."""
