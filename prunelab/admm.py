@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from prunelab.masks import Masks
 from prunelab.structure import ChannelSpace, ColumnSpace, Plan, RowColumnSpace, Space
 from prunelab.structure.space import Ints, open_ended
-from prunelab.training import Hook, State
+from prunelab.training import State
 
 
 class Projection:
@@ -98,39 +99,7 @@ def _constrained(space: Space) -> list[tuple[nn.Parameter, list[Tensor]]]:
     return [(space.net.get_parameter(name), units) for name, units in owners.items()]
 
 
-class Frozen(Hook):
-    """Masked retraining: everything that the units removed by a plan own is zero after every step.
-
-    Args:
-        space: of the network that is trained.
-        plan: what is left.
-    """
-
-    def __init__(self, space: Space, plan: Plan) -> None:
-        self.space, self.gates = space, space.gates(plan)
-
-    @torch.no_grad()
-    def start(self, state: State) -> None:
-        """Look up, once, what the masks touch, and set it to zero."""
-        self.masks = []
-        for parameter, owners in self.space.owned(state.net):
-            gates = open_ended(self.gates.to(parameter))
-            mask = math.prod((gates[units.to(parameter.device)] for units in owners), start=gates.new_ones(()))
-            if not mask.all():
-                self.masks.append((parameter, mask))
-        self._freeze()
-
-    def after_step(self, state: State) -> None:
-        """Put the zeros back that weight decay cannot but momentum can move."""
-        self._freeze()
-
-    @torch.no_grad()
-    def _freeze(self) -> None:
-        for parameter, mask in self.masks:
-            parameter.mul_(mask)
-
-
-class ADMM(Frozen):
+class ADMM(Masks):
     """Training with W pulled towards Z: min f(W) + g(Z) subject to W = Z, g the indicator of S.
 
     W^{k+1} = argmin f(W) + (ρ/2)·||W − Z^k + U^k||²    a part of the run: ρ·(W − Z + U) joins the gradient
@@ -180,7 +149,7 @@ class ADMM(Frozen):
                 u.add_(weight).sub_(z)
             self.rho *= self.growth
 
-    def plan(self) -> Plan:
+    def support(self) -> Plan:
         """Return the support of Π(W): what the hard cut after the last iteration keeps."""
         return self.projection.plan(self.projection.weights, self.widths)
 

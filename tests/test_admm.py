@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from prunelab.admm import ADMM, Frozen, Projection
+from prunelab.admm import ADMM, Projection
 from prunelab.data import load
+from prunelab.masks import Masks
 from prunelab.methods.base import space_of
 from prunelab.models import build
 from prunelab.structure import BlockSpace, ChannelSpace, ColumnSpace, RowColumnSpace
@@ -197,8 +198,8 @@ def test_w_and_z_meet_on_a_toy_problem() -> None:
         hook.after_step(state)
     assert len(hook.residuals) == 21
     assert hook.residuals[-1] < 0.02 < 0.3 < hook.residuals[0]
-    kept = projection.masked(targets, hook.plan())
-    z = projection.masked(projection.weights, hook.plan())
+    kept = projection.masked(targets, hook.support())
+    z = projection.masked(projection.weights, hook.support())
     for there, wanted in zip(z, kept, strict=True):  # what is kept is left alone
         torch.testing.assert_close(there, wanted, atol=0.05, rtol=0)
 
@@ -211,7 +212,7 @@ def test_zeros_stay_zero_and_the_rest_learns(unit: str) -> None:
     plan = space.plan_for(space.scores("l2"), [0.5] * len(space.groups))
     gates = space.gates(plan)
     before = net.state_dict()["conv2.weight"].clone()
-    fit(net, images, Recipe(epochs=0.2, lr=0.05, batch_size=64), seed=0, hook=Frozen(space, plan), progress=False)
+    fit(net, images, Recipe(epochs=0.2, lr=0.05, batch_size=64), seed=0, hook=Masks(space, plan), progress=False)
     masked = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     space.apply_gates(net, gates)
     assert all(torch.equal(tensor, masked[name]) for name, tensor in net.state_dict().items())

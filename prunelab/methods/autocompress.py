@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from prunelab._checks import check_fields
-from prunelab.admm import ADMM, Frozen, Projection
+from prunelab.admm import ADMM, Projection
 from prunelab.data import Split
+from prunelab.masks import Masks
 from prunelab.methods.base import Pruned, space_of
 from prunelab.structure import Budget, ChannelSpace, Plan, RowColumnSpace, Space
 from prunelab.structure.space import Ints
@@ -135,7 +136,7 @@ class AutoCompress:
         present, epochs = space.plan({}), 0.0
         history: dict[str, list[Any]] = defaultdict(list)
 
-        def train(hook: Frozen, number: int) -> float:
+        def train(hook: Masks, number: int) -> float:
             seed, progress = context.seed + APART * number, context.progress
             return fit(space.net, context.data, phase, seed=seed, hook=hook, progress=progress, label=self.name).epochs
 
@@ -154,8 +155,8 @@ class AutoCompress:
 
             admm = ADMM(actions.projection, widths, self.rho, self.growth, self.updates)
             epochs += train(admm, 2 * number)
-            present = admm.plan()
-            epochs += train(Frozen(space, present), 2 * number + 1)
+            present = admm.support()
+            epochs += train(Masks(space, present), 2 * number + 1)
             history["residuals"].append(admm.residuals)
             fractions = [spent(space.widths(present))]
             if self.purification:

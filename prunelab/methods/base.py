@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from prunelab.structure import BlockSpace, Budget, ChannelSpace, ColumnSpace, Plan, RowColumnSpace, Space
-from prunelab.training import Context, Hook, Recipe, State
+from prunelab.training import Context, Recipe
 
 SPACES: dict[str, Callable[[nn.Module, Tensor], Space]] = {
     "filters": ChannelSpace,
@@ -37,25 +37,6 @@ class Pruned:
     epochs: float = 0.0
     history: Mapping[str, Any] = field(default_factory=dict)
     recipe: Recipe | None = None
-
-
-class Masks(Hook):
-    """Keep at zero, throughout a training, what a plan removes.
-
-    Attributes:
-        plan: may be replaced by another at any time.
-    """
-
-    def __init__(self, space: Space, plan: Plan) -> None:
-        self.space, self.plan = space, plan
-
-    def start(self, state: State) -> None:
-        """Remove it."""
-        self.space.apply_gates(state.net, self.space.gates(self.plan))
-
-    def after_step(self, state: State) -> None:
-        """Remove what the update brought back."""
-        self.space.apply_gates(state.net, self.space.gates(self.plan))
 
 
 class Method(Protocol):

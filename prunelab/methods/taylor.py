@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from prunelab._checks import check_fields
-from prunelab.methods.base import Masks, Pruned
+from prunelab.masks import Masks
+from prunelab.methods.base import Pruned
 from prunelab.structure import Budget, ChannelSpace, Plan
 from prunelab.training import Context, State, fit
 
