@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from prunelab._checks import check_fields
@@ -25,17 +24,15 @@ from prunelab.admm import ADMM, Projection
 from prunelab.data import Split
 from prunelab.masks import Masks
 from prunelab.methods.base import Pruned, space_of
-from prunelab.structure import Budget, ChannelSpace, Plan, RowColumnSpace, Space
+from prunelab.purification import Measure, filled, purify
+from prunelab.structure import Budget, Plan, RowColumnSpace, Space
 from prunelab.structure.space import Ints
 from prunelab.training import Context, Recipe, evaluate, fit
 
 Floats = NDArray[np.float64]
-Measure = Callable[[Plan], float]
 
 UNITS = "filters", "columns", "filters+columns"
 APART = 100  # between the seeds of two trainings, so that none repeats the batches of another
-RESERVE = 0.15  # of a round's cut, on a logarithmic scale, that is left to purification
-THRESHOLDS = 8  # that a purification tries at most
 SMALLEST = 1e-3  # rate, before rescaling, so that every group can be made to lose more
 
 
@@ -58,9 +55,9 @@ class AutoCompress:
     of zeros, filters that nobody reads any more or that are zero with all their parameters. Then thresholds grow, one
     factor times the mean norm of each group's units, as long as the quick accuracy falls by no more than epsilon. A
     filter's norm is its own or that of the largest column that reads it, whichever is relatively smaller, and with it
-    goes the constant that its batch norm makes of it. Removed zeros are frozen; the caller retrains. It saves about a
-    tenth, as structured pruning leaves it a part of each round's cut; what epsilon forbids in the last round goes in
-    the same order, so that the budget is met.
+    goes the constant that its batch norm makes of it. Removed zeros are frozen; the retraining is the next round's or
+    the caller's. Under a budget all that is no bonus: what purification removes, ADMM need not cut in the rounds that
+    are left, which share out the rest. After the last round only what is dead can go.
 
     unit: "filters", "columns" of the im2col matrix, or "filters+columns". For both, see `admm.Projection`.
     rounds: >= 1, each of which must remove something; None: as many as make each about 2x.
@@ -71,7 +68,7 @@ class AutoCompress:
     images: >= 1, how many validation images a quick evaluation sees; there is no other search signal.
     rho, growth, updates: ρ > 0 at the start of a round, its factor >= 1 at each of the updates >= 1 of Z and U. What ρ
         does grows with learning rate and steps, so a short training needs a larger one.
-    purification: whether there is any; without it ADMM cuts to the round's target by itself.
+    purification: whether there is any.
     epsilon: >= 0 accuracy points that a round's purification may cost on the quick images.
     share: of the context's epochs, in (0, 1], for the training in all rounds.
     lr: constant learning rate of all that, > 0.
@@ -81,7 +78,7 @@ class AutoCompress:
     `Pruned.history` has a list with an entry per round of "actions": [Action], "rates": {group: share lost, of the
     units that were there}, "residuals": ||W − Z|| / ||W|| over the updates, "fractions": of the budget's cost left
     (after ADMM's cut, after the removal of what is dead, after purification), and "purification": {"before", "after":
-    quick accuracy, "tau": the largest factor within epsilon}, the last three of purification only if there was one.
+    quick accuracy, "tau": the largest factor within epsilon}. Without purification there is only the first fraction.
     """
 
     name: ClassVar[str] = "autocompress"
@@ -129,8 +126,8 @@ class AutoCompress:
     def __call__(self, net: nn.Module, budget: Budget, context: Context) -> Pruned:
         """Run all rounds on a copy of the network, in which what goes is zero until the end, and cut it."""
         space = space_of(self.unit, copy.deepcopy(net), context.data.example)
-        targets = self.targets(space, budget)
-        phase = self._phase(context, len(targets))
+        rounds = self.rounds_to(space, budget)
+        phase = self._phase(context, rounds)
         measure = quick(space, context, self.images)
         draw = np.random.default_rng(context.seed)
         present, epochs = space.plan({}), 0.0
@@ -141,10 +138,9 @@ class AutoCompress:
             return fit(space.net, context.data, phase, seed=seed, hook=hook, progress=progress, label=self.name).epochs
 
         spent = space.spent(budget)
-        for number, target in enumerate(targets):
-            before = spent(space.widths(present))
-            left = RESERVE if self.purification else 0.0
-            actions = Actions(space, present, budget.at(target ** (1 - left) * before**left))
+        for number in range(rounds):
+            cut = (budget.fraction / spent(space.widths(present))) ** (1 / (rounds - number))
+            actions = Actions(space, present, budget.at(spent(space.widths(present)) * cut))
             with tqdm(total=self.evaluations, desc="search", leave=False, disable=not context.progress) as bar:
                 tried = anneal(actions, measure, self, draw, bar.update)
             widths = actions.widths(
@@ -160,15 +156,14 @@ class AutoCompress:
             history["residuals"].append(admm.residuals)
             fractions = [spent(space.widths(present))]
             if self.purification:
-                final = budget.at(target)
-                dead, present, report = purify(space, present, final, measure, self.epsilon, target == targets[-1])
+                dead, present, report = purify(space, present, budget, measure, self.epsilon)
                 fractions += [spent(space.widths(dead)), spent(space.widths(present))]
                 history["purification"].append(report)
             history["fractions"].append(fractions)
         return Pruned(space.shrink(present), present, epochs, dict(history))
 
-    def targets(self, space: Space, budget: Budget) -> list[float]:
-        """Return the fraction of the budget's cost that is to be left after each round, falling by one factor.
+    def rounds_to(self, space: Space, budget: Budget) -> int:
+        """Return how many rounds there are, none for a budget of 1.
 
         Raises:
             ValueError: the budget cannot be met, or a round would remove less than one unit.
@@ -184,7 +179,7 @@ class AutoCompress:
                 f"autocompress: rounds is {self.rounds}; each must remove something, and with a budget of {fraction} "
                 f"of the {budget.what} there can be {most} at most"
             )
-        return [fraction ** ((number + 1) / rounds) for number in range(rounds)]
+        return rounds
 
     def _phase(self, context: Context, rounds: int) -> Recipe:
         epochs = self.share * context.recipe.epochs / (2 * max(1, rounds))
@@ -299,21 +294,6 @@ class Actions:
         return self.space.widths(rows)
 
 
-def filled(space: Space, widths: Ints, most: Ints, target: Budget, order: Ints) -> Ints:
-    """Give units back, one to each group in turn and in this order, as long as the target is met."""
-    spent, names = space.spent(target), [group.name for group in space.groups]
-    fits = True
-    while fits:
-        fits = False
-        for group in order[widths[order] < most[order]]:
-            more = widths.copy()
-            more[group] += 1
-            more = space.widths(dict(zip(names, more.tolist(), strict=True)))  # no more columns than channels have
-            if more[group] > widths[group] and spent(more) <= target.fraction:
-                widths, fits = more, True
-    return widths
-
-
 def acceptance(drop: float, temperature: float) -> float:
     """Return the probability min(1, exp(−Δ/T)) of accepting an action that loses Δ points."""
     return 1.0 if drop <= 0 else math.exp(-drop / temperature)
@@ -341,120 +321,6 @@ def anneal(
         current = tried[-1] if tried[-1].accepted else current
         tick()
     return tried
-
-
-# -- purification -----------------------------------------------------------------------------------------------------
-
-
-def purify(
-    space: Space, present: Plan, target: Budget, measure: Measure, epsilon: float, last: bool
-) -> tuple[Plan, Plan, dict[str, float]]:
-    """Remove from the network, in place, what is dead and then what is nearly so, until the target or epsilon stops it.
-
-    Returns the plan without what is dead, which costs nothing at all; the plan at the end; and the quick accuracy
-    before and after, with the largest factor τ that was within epsilon. In the last round the target is met anyway.
-    """
-    dead = without_dead(space, present)
-    spent = space.spent(target)
-    strengths = strength(space, dead)
-    accuracy = before = measure(dead)
-    plan, there = dead, spent(space.widths(dead))
-    for fraction in np.geomspace(there, target.fraction, THRESHOLDS + 1)[1:] if there > target.fraction else ():
-        smaller = weakest_gone(space, dead, strengths, target.at(float(fraction)))
-        found = measure(smaller)
-        if before - found > epsilon:
-            break
-        plan, accuracy = smaller, found
-    removed = torch.where(space.gates(dead) > space.gates(plan), strengths, 0.0)
-    if last and spent(space.widths(plan)) > target.fraction:
-        plan = weakest_gone(space, dead, strengths, target)
-        accuracy = measure(plan)
-    space.apply_gates(space.net, space.gates(plan))
-    return dead, plan, {"before": before, "after": accuracy, "tau": float(removed.max())}
-
-
-def without_dead(space: Space, present: Plan) -> Plan:
-    """Return the plan without the units that have no effect at all on the output of the space's network.
-
-    Dead are columns of zeros, filters all of whose readers have zeros for them, and filters that are zero with their
-    biases and batch norm, or else that would leave a constant. Removing some can make others dead. A group keeps one.
-    """
-    while True:
-        space.apply_gates(space.net, space.gates(present))
-        projection = Projection(space, present)
-        dead = projection.norms(projection.weights) == 0
-        if (rows := _rows(space)) is not None:
-            dead[: int(rows.sizes.sum())] = (_read(rows) == 0) | (_own(rows) == 0)
-        keep = {name: np.flatnonzero(~gone.numpy()) for name, gone in projection.by_group(dead.cpu()).items()}
-        smaller = projection.within(
-            space.plan(
-                {
-                    name: sorted({*kept.tolist()} & {*present.keep[name]}) or present.keep[name][:1]
-                    for name, kept in keep.items()
-                }
-            )
-        )
-        if smaller == present:
-            return present
-        present = smaller
-
-
-def strength(space: Space, present: Plan) -> Tensor:
-    """Return the norm of every unit over the mean norm of its group's present units, [units].
-
-    Of a filter, it is no more than that of the largest column that reads it, by the mean of that layer's columns.
-    """
-    projection = Projection(space, present)
-    norms = projection.norms(projection.weights).cpu()
-    there = space.gates(present)
-    parts = zip(projection.by_group(norms).values(), projection.by_group(there).values(), strict=True)
-    found = torch.cat([part / (part @ kept / kept.sum()) for part, kept in parts])
-    if (rows := _rows(space)) is not None:
-        count = int(rows.sizes.sum())
-        found[:count] = found[:count].minimum(_read(rows))
-    return found
-
-
-def weakest_gone(space: Space, present: Plan, strengths: Tensor, target: Budget) -> Plan:
-    """Remove present units below one threshold for all groups, as many as the target needs."""
-    projection, most = Projection(space, present), space.widths(present)
-    scores = strengths.masked_fill(space.gates(present) == 0, -torch.inf)
-    plan = space.plan_for(projection.by_group(scores), target, "global")
-    widths = np.minimum(space.widths(plan), most)
-    return projection.best(strengths, filled(space, widths, most, target, np.argsort(most)))
-
-
-def _rows(space: Space) -> ChannelSpace | None:
-    """Return the space of the filters, if they can be removed."""
-    if isinstance(space, RowColumnSpace):
-        return space.rows
-    return space if isinstance(space, ChannelSpace) else None
-
-
-def _read(rows: ChannelSpace) -> Tensor:
-    """Return the norm of the largest column that reads each filter, over the mean of those that are not zero."""
-    found = torch.full((int(rows.sizes.sum()) + 1,), -torch.inf)
-    parameters = dict(rows.net.named_parameters())
-    for axis in rows.coupling.axes:
-        if axis.role == "in" and axis.name in parameters:
-            columns = parameters[axis.name].detach().transpose(0, axis.dim).norm(dim=1)  # [channels, positions...]
-            columns = (columns / columns[columns > 0].mean()).nan_to_num(0.0).reshape(len(columns), -1).amax(1)
-            found.scatter_reduce_(0, torch.from_numpy(axis.units) % len(found), columns.cpu(), "amax")
-    return found[:-1].masked_fill(found[:-1] == -torch.inf, torch.inf)
-
-
-def _own(rows: ChannelSpace) -> Tensor:
-    """Return the largest of all numbers that make each filter's output: weights, biases, batch norm."""
-    found = torch.zeros(int(rows.sizes.sum()) + 1)
-    parameters = dict(rows.net.named_parameters())
-    for axis in rows.coupling.axes:
-        module = rows.net.get_submodule(axis.module)
-        shifts = axis.tensor == "running_mean" and not getattr(module, "affine", True)
-        if axis.role != "in" and (axis.name in parameters or shifts):
-            tensor: Tensor = getattr(module, axis.tensor)
-            largest = tensor.detach().abs().transpose(0, axis.dim).reshape(tensor.shape[axis.dim], -1).amax(1)
-            found.scatter_reduce_(0, torch.from_numpy(axis.units) % len(found), largest.cpu(), "amax")
-    return found[:-1]
 
 
 def _least(value: object, least: int) -> bool:
