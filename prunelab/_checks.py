@@ -14,3 +14,8 @@ def check_fields(settings: object, name: str, *rules: tuple[str, str, bool]) -> 
     for field, legal, valid in rules:
         if not valid:
             raise ValueError(f"{name}: {field} is {getattr(settings, field)!r}; it must be {legal}")
+
+
+def is_count(value: object, least: int) -> bool:
+    """Return whether a value is an integer, and at least so much."""
+    return isinstance(value, int) and value >= least

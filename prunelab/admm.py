@@ -1,4 +1,4 @@
-"""Structured pruning by ADMM: exact projections on few filters and columns, the pull towards them, frozen zeros."""
+"""Structured pruning by ADMM: exact projections on few filters and columns, and the pull towards them."""
 
 from __future__ import annotations
 
@@ -59,15 +59,11 @@ class Projection:
     def best(self, scores: Tensor, widths: Ints) -> Plan:
         """Keep the units of `present` with the highest scores, [units]."""
         scores = scores.cpu().masked_fill(self.space.gates(self.present) == 0, -torch.inf)
-        return self.within(self.space.plan_for(self.by_group(scores), widths.tolist()))
+        return self.within(self.space.plan_for(self.space.by_group(scores), widths.tolist()))
 
     def within(self, plan: Plan) -> Plan:
         """Return the units that a plan and `present` both keep."""
         return self.space.plan({name: sorted({*kept} & {*self.present.keep[name]}) for name, kept in plan.keep.items()})
-
-    def by_group(self, values: Tensor) -> dict[str, Tensor]:
-        """Split what is there for every unit, [units], by group."""
-        return dict(zip((g.name for g in self.space.groups), values.split(self.space.sizes.tolist()), strict=True))
 
     def masked(self, values: Sequence[Tensor], plan: Plan) -> list[Tensor]:
         """Return the values with the units that a plan removes at zero."""

@@ -78,7 +78,6 @@ LOOKS: dict[str, Look] = {
     "abcpruner-l1": Look(BLUE, "*"),
     "abcpruner-none": Look(YELLOW, "*"),
     "dropnet": Look(GREEN, "*"),
-    "dropnet-layer": Look(BLUE, "*"),
     "dropnet-maximum": Look(RED, "v"),
     "dropnet-random": Look(SKY, "X"),
     "dropnet-reinitialised": Look(PURPLE, "D"),

@@ -55,7 +55,7 @@ def without_dead(space: Space, present: Plan) -> Plan:
         dead = projection.norms(projection.weights) == 0
         if (rows := _rows(space)) is not None:
             dead[: int(rows.sizes.sum())] = (_read(rows) == 0) | (_own(rows) == 0)
-        keep = {name: np.flatnonzero(~gone.numpy()) for name, gone in projection.by_group(dead.cpu()).items()}
+        keep = {name: np.flatnonzero(~gone.numpy()) for name, gone in space.by_group(dead.cpu()).items()}
         smaller = projection.within(
             space.plan(
                 {
@@ -77,7 +77,7 @@ def strength(space: Space, present: Plan) -> Tensor:
     projection = Projection(space, present)
     norms = projection.norms(projection.weights).cpu()
     there = space.gates(present)
-    parts = zip(projection.by_group(norms).values(), projection.by_group(there).values(), strict=True)
+    parts = zip(space.by_group(norms).values(), space.by_group(there).values(), strict=True)
     found = torch.cat([part / (part @ kept / kept.sum()) for part, kept in parts])
     if (rows := _rows(space)) is not None:
         count = int(rows.sizes.sum())
@@ -89,7 +89,7 @@ def weakest_gone(space: Space, present: Plan, strengths: Tensor, target: Budget)
     """Remove present units below one threshold for all groups, as many as the target needs."""
     projection, most = Projection(space, present), space.widths(present)
     scores = strengths.masked_fill(space.gates(present) == 0, -torch.inf)
-    plan = space.plan_for(projection.by_group(scores), target, "global")
+    plan = space.plan_for(space.by_group(scores), target, "global")
     widths = np.minimum(space.widths(plan), most)
     return projection.best(strengths, filled(space, widths, most, target, np.argsort(most)))
 

@@ -53,7 +53,7 @@ def bn_scale(space: Space) -> dict[str, Tensor]:
     for norm in (coupling.norms[writer] for writer in writers):
         gamma = space.net.get_submodule(norm).get_parameter("weight").detach()
         total.index_add_(0, torch.from_numpy(scales[norm]) % len(total), gamma.abs().cpu())
-    return {group.name: part for group, part in zip(space.groups, total[:-1].split(space.sizes.tolist()), strict=True)}
+    return space.by_group(total[:-1])
 
 
 def feature_rank(images: Tensor) -> Criterion:

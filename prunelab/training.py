@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ._checks import check_fields
+from ._checks import check_fields, is_count
 from ._modes import evaluating
 from .data import Data
 
@@ -60,7 +60,7 @@ class Recipe:
             ("epochs", "a finite number >= 0", 0 <= self.epochs < math.inf),
             ("lr", "a finite number > 0", 0 < self.lr < math.inf),
             ("schedule", f"one of {', '.join(get_args(Schedule))}", self.schedule in get_args(Schedule)),
-            ("batch_size", "an integer >= 1", isinstance(self.batch_size, int) and self.batch_size >= 1),
+            ("batch_size", "an integer >= 1", is_count(self.batch_size, 1)),
             ("momentum", "in [0, 1)", 0 <= self.momentum < 1),
             ("nesterov", "False when momentum is 0", not (self.nesterov and self.momentum == 0)),
             ("weight_decay", "a finite number >= 0", 0 <= self.weight_decay < math.inf),

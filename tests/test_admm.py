@@ -95,7 +95,7 @@ def test_projections_have_the_counts_and_are_idempotent(unit: str, name: str) ->
     plan = projection.plan(projection.weights, widths)
     z = projection.masked(projection.weights, plan)
     assert space.widths(plan).tolist() == widths.tolist()
-    norms = projection.by_group(projection.norms(z))
+    norms = projection.space.by_group(projection.norms(z))
     assert [int((norm > 0).sum()) for norm in norms.values()] == widths.tolist()
     assert projection.plan(z, widths) == plan
     assert all(torch.equal(a, b) for a, b in zip(projection.masked(z, plan), z, strict=True))
@@ -104,7 +104,7 @@ def test_projections_have_the_counts_and_are_idempotent(unit: str, name: str) ->
 def test_filters_that_an_addition_ties_are_projected_together() -> None:
     space = ChannelSpace(build("resnet20", shape=(3, 8, 8), seed=1), EXAMPLE)
     projection = Projection(space)
-    norms = projection.by_group(projection.norms(projection.weights))
+    norms = projection.space.by_group(projection.norms(projection.weights))
     for group in space.groups:
         torch.testing.assert_close(norms[group.name], space.unit_weights(group.name).norm(dim=1))
     assert any(len(space.writers(group.name)) > 1 for group in space.groups)

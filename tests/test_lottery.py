@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from prunelab.data import load
+from prunelab.lottery import Masked, convolutions, redrawn, smallest_removed, ticket
 from prunelab.methods import METHODS
-from prunelab.methods.lottery import Masked, convolutions, redrawn, smallest_removed, ticket
 from prunelab.models import build
 from prunelab.training import Recipe, fit
 

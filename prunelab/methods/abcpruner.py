@@ -19,7 +19,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from prunelab import scores as criteria
-from prunelab._checks import check_fields
+from prunelab._checks import check_fields, is_count
 from prunelab.methods.base import Pruned
 from prunelab.structure import Budget, ChannelSpace, Plan
 from prunelab.structure.space import Scores
@@ -82,10 +82,10 @@ class ABCPruner:
             self,
             self.name,
             ("alpha", "one of 0.1, 0.2, ..., 1", self.alpha in [tenths / 10 for tenths in range(1, 11)]),
-            ("cycles", "an integer >= 0", isinstance(self.cycles, int) and self.cycles >= 0),
-            ("sources", "an integer >= 1, or >= 2 with cycles", _least(self.sources, 2 if self.cycles else 1)),
-            ("limit", "an integer >= 0", _least(self.limit, 0)),
-            ("changed", "an integer >= 1", _least(self.changed, 1)),
+            ("cycles", "an integer >= 0", is_count(self.cycles, 0)),
+            ("sources", "an integer >= 1, or >= 2 with cycles", is_count(self.sources, 2 if self.cycles else 1)),
+            ("limit", "an integer >= 0", is_count(self.limit, 0)),
+            ("changed", "an integer >= 1", is_count(self.changed, 1)),
             ("inherit", " or ".join(map(repr, get_args(Inherit))), self.inherit in get_args(Inherit)),
             ("share", "in (0, 1]", 0 < self.share <= 1),
         )
@@ -263,7 +263,3 @@ class _Fitness:
 def _tenths(space: ChannelSpace, group: str, tenths: int) -> int:
     """Return floor(C·tenths/10) of a group of C units, as in the released code, and at least 1."""
     return max(1, len(space.units(group)) * tenths // 10)
-
-
-def _least(value: object, least: int) -> bool:
-    return isinstance(value, int) and value >= least

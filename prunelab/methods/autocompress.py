@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm.auto import tqdm
 
-from prunelab._checks import check_fields
+from prunelab._checks import check_fields, is_count
 from prunelab.admm import ADMM, Projection
 from prunelab.data import Split
 from prunelab.masks import Masks
@@ -104,8 +104,8 @@ class AutoCompress:
             self,
             self.name,
             ("unit", f"one of {', '.join(map(repr, UNITS))}", self.unit in UNITS),
-            ("rounds", "an integer >= 1, or None", self.rounds is None or _least(self.rounds, 1)),
-            ("evaluations", "an integer >= 0", _least(self.evaluations, 0)),
+            ("rounds", "an integer >= 1, or None", self.rounds is None or is_count(self.rounds, 1)),
+            ("evaluations", "an integer >= 0", is_count(self.evaluations, 0)),
             ("stop_temperature", "a finite number > 0", 0 < self.stop_temperature < math.inf),
             (
                 "start_temperature",
@@ -113,10 +113,10 @@ class AutoCompress:
                 self.stop_temperature <= self.start_temperature < math.inf,
             ),
             ("perturbation", "in (0, 1]", 0 < self.perturbation <= 1),
-            ("images", "an integer >= 1", _least(self.images, 1)),
+            ("images", "an integer >= 1", is_count(self.images, 1)),
             ("rho", "a finite number > 0", 0 < self.rho < math.inf),
             ("growth", "a finite number >= 1", 1 <= self.growth < math.inf),
-            ("updates", "an integer >= 1", _least(self.updates, 1)),
+            ("updates", "an integer >= 1", is_count(self.updates, 1)),
             ("purification", "true or false", isinstance(self.purification, bool)),
             ("epsilon", "a number >= 0", self.epsilon >= 0),
             ("share", "in (0, 1]", 0 < self.share <= 1),
@@ -170,8 +170,7 @@ class AutoCompress:
         """
         fraction = budget.fraction
         space.plan_for(space.scores("l2"), budget)
-        one_less = space.sizes - np.eye(len(space.sizes), dtype=np.int64)
-        left = space.cost(one_less, budget.scope) / space.macs(scope=budget.scope)
+        left = space.cost(space.one_less, budget.scope) / space.macs(scope=budget.scope)
         most = int(math.log(fraction) / math.log(left[left < 1].max()))
         rounds = min(most, max(1, round(-math.log2(fraction)))) if self.rounds is None else self.rounds
         if rounds > most:
@@ -183,7 +182,7 @@ class AutoCompress:
 
     def _phase(self, context: Context, rounds: int) -> Recipe:
         epochs = self.share * context.recipe.epochs / (2 * max(1, rounds))
-        steps = round(epochs * (len(context.data.train.labels) // context.recipe.batch_size))
+        steps = round(epochs * context.steps_per_epoch)
         if steps < self.updates:
             raise ValueError(
                 f"autocompress: each of {2 * rounds} trainings gets {steps} steps, fewer than updates={self.updates}: "
@@ -321,7 +320,3 @@ def anneal(
         current = tried[-1] if tried[-1].accepted else current
         tick()
     return tried
-
-
-def _least(value: object, least: int) -> bool:
-    return isinstance(value, int) and value >= least

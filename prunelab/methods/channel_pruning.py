@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from prunelab._checks import check_fields
+from prunelab._checks import check_fields, is_count
 from prunelab.layerwise import LayerByLayer, readers_of, streams
 from prunelab.methods.base import Pruned
 from prunelab.reconstruction import Reconstruction, lasso
@@ -73,8 +73,8 @@ class ChannelPruning:
             self,
             self.name,
             ("selection", " or ".join(map(repr, get_args(Selection))), self.selection in get_args(Selection)),
-            ("images", "an integer >= 1", isinstance(self.images, int) and self.images >= 1),
-            ("positions", "an integer >= 1", isinstance(self.positions, int) and self.positions >= 1),
+            ("images", "an integer >= 1", is_count(self.images, 1)),
+            ("positions", "an integer >= 1", is_count(self.positions, 1)),
             ("ratios", "positive", all(ratio > 0 for ratio in (self.ratios or {}).values())),
         )
 

@@ -150,7 +150,7 @@ class DMCP:
         else:
             widths = chains.moments(chains.marginals().detach())[0].round().long()
         if _within(cost.fractions(widths), budget.fraction):
-            return space.plan_for(_first(space), dict(zip(_first(space), widths.tolist(), strict=True)))
+            return space.plan_for(_first(space), widths.tolist())
         return proportional_prefixes(space, chains, widths, budget)
 
 

@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunelab._checks import check_fields
+from prunelab._checks import check_fields, is_count
+from prunelab._modes import evaluating
 from prunelab.data import Data
 from prunelab.methods.base import Pruned
 from prunelab.models import reinitialise
@@ -91,7 +92,7 @@ class DropNet:
             ("metric", " or ".join(map(repr, get_args(Metric))), self.metric in get_args(Metric)),
             ("p", "in (0, 1]", 0 < self.p <= 1),
             ("j", "in (0, 1]", 0 < self.j <= 1),
-            ("patience", "an integer >= 1", isinstance(self.patience, int) and self.patience >= 1),
+            ("patience", "an integer >= 1", is_count(self.patience, 1)),
             ("weights", " or ".join(map(repr, get_args(Weights))), self.weights in get_args(Weights)),
         )
 
@@ -207,9 +208,8 @@ def without(space: Space, plan: Plan, units: Iterable[tuple[str, int]]) -> Plan:
 
 def droppable(space: ChannelSpace, budget: Budget) -> list[str]:
     """Return the groups whose units save something of the multiply-adds that a budget counts."""
-    one_less = space.cost(space.sizes - np.eye(len(space.sizes), dtype=np.int64), budget.scope)
-    whole = space.macs(scope=budget.scope)
-    return [group.name for group, cost in zip(space.groups, one_less.tolist(), strict=True) if cost < whole]
+    costs, whole = space.cost(space.one_less, budget.scope), space.macs(scope=budget.scope)
+    return [group.name for group, cost in zip(space.groups, costs.tolist(), strict=True) if cost < whole]
 
 
 def oracle(space: Space, data: Data) -> dict[str, Tensor]:
@@ -223,16 +223,13 @@ def oracle(space: Space, data: Data) -> dict[str, Tensor]:
         without_it = copy.deepcopy(space.net)
         space.apply_gates(without_it, (torch.arange(len(loss)) != unit).float())
         loss[unit] = mean_loss(without_it, data, "train")
-    return dict(zip((group.name for group in space.groups), loss.split(space.sizes.tolist()), strict=True))
+    return space.by_group(loss)
 
 
 def mean_loss(net: nn.Module, data: Data, split: Split) -> float:
     """Return the mean cross entropy over a split, with the network in evaluation mode."""
-    training = net.training
-    net.eval()
-    with torch.no_grad():
+    with evaluating(net), torch.no_grad():
         losses = [F.cross_entropy(net(x), labels, reduction="sum") for x, labels in data.batches(split, 1024)]
-    net.train(training)
     return float(torch.stack(losses).sum()) / len(getattr(data, split).labels)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from prunelab import scores as criteria
-from prunelab._checks import check_fields
+from prunelab._checks import check_fields, is_count
 from prunelab.masks import Masks
 from prunelab.methods.base import Pruned
 from prunelab.structure import Budget, ChannelSpace, Plan
@@ -67,7 +67,7 @@ class HRank:
         check_fields(
             self,
             self.name,
-            ("g", "an integer >= 1", isinstance(self.g, int) and self.g >= 1),
+            ("g", "an integer >= 1", is_count(self.g, 1)),
             ("selection", f"one of {', '.join(map(repr, get_args(Selection)))}", self.selection in get_args(Selection)),
             ("share", "in [0, 1]", 0 <= self.share <= 1),
             ("lr", "a finite number > 0", 0 < self.lr < math.inf),

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, get_args
 import torch
 from torch import Tensor, nn
 
-from prunelab._checks import check_fields
+from prunelab._checks import check_fields, is_count
 from prunelab.layers import ChannelSelection
 from prunelab.methods.base import Pruned
 from prunelab.structure import Budget, ChannelSpace, Plan
@@ -76,7 +76,7 @@ class Slimming:
             ("penalty", "a finite number >= 0", 0 <= self.penalty < math.inf),
             ("share", "in (0, 1]", 0 < self.share <= 1),
             ("lr", "a finite number > 0", 0 < self.lr < math.inf),
-            ("passes", "an integer >= 1", isinstance(self.passes, int) and self.passes >= 1),
+            ("passes", "an integer >= 1", is_count(self.passes, 1)),
             ("cap", "in (0, 1]", 0 < self.cap <= 1),
             ("ranking", " or ".join(map(repr, get_args(Ranking))), self.ranking in get_args(Ranking)),
         )

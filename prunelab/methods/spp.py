@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from prunelab import scores
-from prunelab._checks import check_fields
+from prunelab._checks import check_fields, is_count
 from prunelab.methods.base import Pruned, space_of
 from prunelab.structure import Budget, Space
 from prunelab.structure.space import open_ended
@@ -126,7 +126,7 @@ class SPP:
             self.name,
             ("A", "in (0, 1]", 0 < self.A <= 1),
             ("u", "in (0, 1)", 0 < self.u < 1),
-            ("t", "an integer >= 1", isinstance(self.t, int) and self.t >= 1),
+            ("t", "an integer >= 1", is_count(self.t, 1)),
             ("unit", "'columns' or 'filters'", self.unit in ("columns", "filters")),
             ("margin", "in [0, 1)", 0 <= self.margin < 1),
             ("averaging", "in [0, 1)", 0 <= self.averaging < 1),

@@ -260,13 +260,12 @@ class Pressure(Hook):
     def look(self) -> tuple[Plan, Tensor]:
         """Note the norms; return what the budget lets stay, and ν of each group of the space: norm / m, [groups]."""
         self.norms.append(unit_norms(self.terms, int(self.space.sizes.sum())))
-        parts = self.norms[-1].split(self.space.sizes.tolist())
-        scores = {group.name: part for group, part in zip(self.space.groups, parts, strict=True)}
+        scores = self.space.by_group(self.norms[-1])
         plan = self.space.plan_for(scores, self.budget, self.settings.ranking)
         goes = self.space.gates(plan) == 0
         if isinstance(self.space, RowColumnSpace):
             goes &= self.space.readable(plan)  # the others go with their channel, whatever their norm
-        longest = torch.zeros(len(parts)).scatter_reduce(0, self.group_of[goes], self.norms[-1][goes], "amax")
+        longest = torch.zeros(len(scores)).scatter_reduce(0, self.group_of[goes], self.norms[-1][goes], "amax")
         return plan, longest if self.settings.ranking == "layer" else longest.max().expand_as(longest)
 
     def before_step(self, state: State) -> None:

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from prunelab._checks import check_fields
+from prunelab._checks import check_fields, is_count
 from prunelab.masks import Masks
 from prunelab.methods.base import Pruned
 from prunelab.structure import Budget, ChannelSpace, Plan
@@ -51,7 +51,7 @@ class Taylor:
             self,
             self.name,
             ("flops_regularisation", "a finite number >= 0", 0 <= self.flops_regularisation < math.inf),
-            ("updates", "an integer >= 1", isinstance(self.updates, int) and self.updates >= 1),
+            ("updates", "an integer >= 1", is_count(self.updates, 1)),
             ("share", "in (0, 1]", 0 < self.share <= 1),
             ("lr", "a finite number > 0", 0 < self.lr < math.inf),
         )

@@ -51,8 +51,7 @@ def mean_over_maps(space: Space, measure: Measure, batches: Iterable[Tensor]) ->
         images = sum(watch.look_at(batch) for batch in batches)
     if images == 0:
         raise ValueError("feature maps are seen on images, at least one: got none")
-    parts = zip(space.groups, (watch.sums / watch.counts)[:-1].split(space.sizes.tolist()), strict=True)
-    means = {group.name: mean for group, mean in parts}
+    means = space.by_group((watch.sums / watch.counts)[:-1])
     if unseen := [name for name, mean in means.items() if mean.isnan().any()]:
         raise ValueError(f"no feature maps [N, C, ...] to see of {', '.join(unseen)}: its channels are rearranged")
     return means

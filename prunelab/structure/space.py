@@ -306,18 +306,26 @@ class Space(ABC):
         Raises:
             ValueError: the plan is not one of this space's.
         """
-        one_less = self.sizes - np.eye(len(self.groups), dtype=np.int64)
         table = {
             "group": [group.name for group in self.groups],
             "size": self.sizes,
             **self._connections(),
-            "macs_per_unit": self.macs() - self.cost(one_less),
+            "macs_per_unit": self.macs() - self.cost(self.one_less),
         }
         if plan is not None:
             kept = self.widths(plan)
             table |= {"kept": kept, "removed": self.sizes - kept}
             table["removed_units"] = [sorted({*range(g.size)} - {*plan.keep[g.name]}) for g in self.groups]
         return pd.DataFrame(table)
+
+    @property
+    def one_less(self) -> Ints:
+        """The widths that lack one unit of one group, int64 [groups, groups]: row g lacks one of group g."""
+        return self.sizes - np.eye(len(self.groups), dtype=np.int64)
+
+    def by_group(self, values: Tensor) -> dict[str, Tensor]:
+        """Split what is there for every unit, [units], by group: {group: [size]}."""
+        return dict(zip(self._sizes, values.split(self.sizes.tolist()), strict=True))
 
     def _connections(self) -> dict[str, list[str]]:
         """Return columns for `describe`: where in the network each group is."""
