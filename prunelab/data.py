@@ -192,6 +192,8 @@ class _Kind:
 
 _KINDS = {
     "digits": _Kind(channels=1, flip=False),
+    "digits-0-4": _Kind(channels=1, flip=False),
+    "digits-5-9": _Kind(channels=1, flip=False),
     "mnist": _Kind(channels=1, crop=14, flip=False, dataset="MNIST", folder="MNIST/raw"),
     "fashion-mnist": _Kind(channels=1, crop=14, dataset="FashionMNIST", folder="FashionMNIST/raw"),
     "cifar10": _Kind(dataset="CIFAR10", folder="cifar-10-batches-py"),
@@ -202,6 +204,8 @@ _KINDS = {
 
 NAMES: tuple[str, ...] = tuple(_KINDS)
 """The built-in data sets."""
+
+_DIGITS = {"digits": range(10), "digits-0-4": range(5), "digits-5-9": range(5, 10)}
 
 
 class _Decoded(NamedTuple):
@@ -224,8 +228,9 @@ def load(name: str, *, image_size: int | None = None) -> Data:
     an archive or folder or as torchvision lays them out, and are otherwise downloaded by torchvision.
 
     Where the source has no validation split of its own, one tenth of the training images, drawn by class, are set aside
-    (digits, which come as one set: 60% train, 20% val, 20% test). `image_size` is the side in pixels that images are
-    resized (shorter side) and centre-cropped to: by default their own, or 64 where they differ in size.
+    (digits, which come as one set: 60% train, 20% val, 20% test; `digits-0-4` and `digits-5-9` are five classes each).
+    `image_size` is the side in pixels that images are resized (shorter side) and centre-cropped to: by default their
+    own, or 64 where they differ in size.
 
     Raises:
         ValueError: if the name is unknown, `image_size` is below 1, or the archive or the cached file is damaged.
@@ -234,8 +239,8 @@ def load(name: str, *, image_size: int | None = None) -> Data:
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size must be at least 1, not {image_size}")
     kind = _KINDS.get(name, _Kind())
-    if name == "digits":
-        return _assemble(name, kind, _digits(image_size))
+    if name in _DIGITS:
+        return _assemble(name, kind, _digits(_DIGITS[name], image_size))
     image_size = image_size or kind.image_size
     source = _find(name, kind)
     key = hashlib.sha256(
@@ -314,13 +319,15 @@ def _digest_of(path: Path) -> str:
     return listing.hexdigest()
 
 
-def _digits(image_size: int | None) -> _Decoded:
+def _digits(classes: range, image_size: int | None) -> _Decoded:
     digits = load_digits()
-    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # counts of 0 to 16
-    everything = Split(_resize(torch.from_numpy(pixels)[:, None], image_size), torch.from_numpy(digits.target).long())
+    wanted = np.isin(digits.target, classes)
+    pixels = np.rint(digits.images[wanted] * (255 / 16)).astype(np.uint8)  # counts of 0 to 16
+    labels = torch.from_numpy(digits.target[wanted]).long() - classes.start
+    everything = Split(_resize(torch.from_numpy(pixels)[:, None], image_size), labels)
     rest, test = _set_aside(everything, 0.2)
     train, val = _set_aside(rest, 0.25)
-    return _Decoded(tuple(map(str, range(10))), {"train": train, "val": val, "test": test}, "scikit-learn")
+    return _Decoded(tuple(map(str, classes)), {"train": train, "val": val, "test": test}, "scikit-learn")
 
 
 def _download(name: str, kind: _Kind, image_size: int | None) -> _Decoded:

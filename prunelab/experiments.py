@@ -46,10 +46,14 @@ RECALIBRATION = 20, 256  # at most so many batches, of so many training images
 
 @dataclass(frozen=True)
 class Effort:
-    """How the dense network is trained, and what every arm may spend after it."""
+    """How the dense network is trained, and what every arm may spend after it.
+
+    `pretraining` names the effort of the network that a transferred one comes from; "" is this effort itself.
+    """
 
     dense: Recipe
     after: Recipe
+    pretraining: str = ""
 
 
 EFFORTS: dict[str, Effort] = {
@@ -57,6 +61,10 @@ EFFORTS: dict[str, Effort] = {
     "smoke": Effort(Recipe(epochs=6, lr=0.05, batch_size=32), Recipe(epochs=3, lr=0.03, batch_size=32)),
     # what two CPU cores record in an hour or two
     "brief": Effort(Recipe(epochs=6, lr=0.1), Recipe(epochs=2, lr=0.03)),
+    # for a thousand images, with a network that comes from a larger data set
+    "transfer": Effort(
+        Recipe(epochs=30, lr=0.05, batch_size=32), Recipe(epochs=12, lr=0.02, batch_size=32), pretraining="brief"
+    ),
     # what two CPU cores record in a night
     "short": Effort(Recipe(epochs=12, lr=0.1), Recipe(epochs=8, lr=0.05)),
     # the schedule of Li et al. and Rethinking: for a GPU
@@ -81,6 +89,8 @@ class Experiment:
         scope: which MACs are counted, "all" or "conv".
         effort: a name in `EFFORTS`.
         seed: of the dense network's weights and training, and of everything after it.
+        pretrained: the data set that the dense network was trained on before this one, after which its last layer was
+            drawn anew; None: there was none.
 
     Raises:
         ValueError: a value is not legal; the legal ones are named.
@@ -94,6 +104,7 @@ class Experiment:
     scope: Scope = "all"
     effort: str = "smoke"
     seed: int = 0
+    pretrained: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parameters", tuple(sorted(dict(self.parameters).items())))
@@ -112,23 +123,36 @@ class Experiment:
         Raises:
             ValueError: a setting is missing or illegal, or they do not give the row's key.
         """
-        try:
-            found = cls(**{field.name: row[field.name] for field in fields(cls)})
-        except KeyError as error:
-            raise ValueError(f"row {row.get('key')}: {error} is missing") from error
+        if missing := [field.name for field in fields(cls) if field.name not in row and field.name != "pretrained"]:
+            raise ValueError(f"row {row.get('key')}: {missing[0]!r} is missing")
+        settings: dict[str, Any] = {field.name: row.get(field.name) for field in fields(cls)}
+        found = cls(**settings)
         if found.key != row["key"]:
             raise ValueError(f"row {row['key']}: its settings have the key {found.key}: it was changed by hand")
         return found
 
     @property
     def key(self) -> str:
-        """A digest of all fields, the row's identity in the store."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        """A digest of all settings, the row's identity in the store."""
+        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def settings(self) -> Row:
+        """The fields that are set: only a transferred network was `pretrained`."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     @property
     def base(self) -> Experiment:
         """The experiment of the dense network that this one starts from."""
         return replace(self, method="dense", parameters=(), macs=1.0, scope="all")
+
+    @property
+    def source(self) -> Experiment | None:
+        """The experiment of the network that the dense one is transferred from, if it is."""
+        if self.pretrained is None:
+            return None
+        effort = EFFORTS[self.effort].pretraining or self.effort
+        return replace(self.base, dataset=self.pretrained, effort=effort, pretrained=None)
 
 
 class Store:
@@ -188,8 +212,8 @@ def run(
     store = store or Store()
     known = store.rows()
     missing = [experiment for experiment in wanted if experiment.key not in known]
-    for dataset, model in dict.fromkeys((e.dataset, e.model) for e in missing):
-        models.build(model, classes=len(data.load(dataset).classes), shape=data.load(dataset).shape)
+    for experiment in dict.fromkeys(e.base for e in missing):
+        _check(experiment)
     bases = [e for e in dict.fromkeys(e.base for e in missing) if not _weights_path(e).exists()]
     jobs = jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
     with tqdm(total=len(bases) + len(missing), desc="experiments", disable=not progress or not missing) as bar:
@@ -200,6 +224,13 @@ def run(
             known[row["key"]] = row
             bar.update()
     return pd.DataFrame([known[experiment.key] for experiment in wanted])
+
+
+def _check(base: Experiment) -> None:
+    """Raise unless the data sets of a dense network are to be had, and the network can be built and transferred."""
+    nets = [_drawn(experiment, data.load(experiment.dataset)) for experiment in (base, base.source) if experiment]
+    if base.source:
+        models.transfer(*nets)
 
 
 def _side_by_side(function: Callable[[Experiment], T], experiments: Sequence[Experiment], jobs: int) -> Iterable[T]:
@@ -214,7 +245,7 @@ def _side_by_side(function: Callable[[Experiment], T], experiments: Sequence[Exp
 def compute(experiment: Experiment) -> Row:
     """Run one experiment and return its row; the test split is read once, at the end."""
     began = time.process_time()  # unlike the clock on the wall, the same however busy the machine is
-    row: Row = {"key": experiment.key, **asdict(experiment), "parameters": dict(experiment.parameters)}
+    row: Row = {"key": experiment.key, **experiment.settings, "parameters": dict(experiment.parameters)}
     with one_thread():
         dense, images = base_network(experiment), _data(experiment.dataset)
         effort = EFFORTS[experiment.effort]
@@ -227,7 +258,9 @@ def compute(experiment: Experiment) -> Row:
             dense=effort.dense,
         )
         method = methods.build(experiment.method, **dict(experiment.parameters))
+        before = time.process_time()
         pruned = method(dense, Budget(experiment.macs, experiment.scope), context)
+        row["seconds_pruning"] = round(time.process_time() - before, 1)
         stages = {"cut": copy.deepcopy(pruned.net)}
         _recalibrate(pruned.net, images, experiment.seed)
         stages["recalibrated"] = copy.deepcopy(pruned.net)
@@ -276,7 +309,13 @@ def base_network(experiment: Experiment) -> nn.Module:
 
 
 def _untrained(base: Experiment, images: data.Data) -> nn.Module:
-    return models.build(base.model, classes=len(images.classes), shape=images.shape, seed=base.seed).to(images.device)
+    """Return the dense network before its training: drawn by the seed, and transferred if the experiment says so."""
+    net = _drawn(base, images).to(images.device)
+    return models.transfer(net, base_network(base.source)) if base.source else net
+
+
+def _drawn(base: Experiment, images: data.Data) -> nn.Module:
+    return models.build(base.model, classes=len(images.classes), shape=images.shape, seed=base.seed)
 
 
 def _weights_path(base: Experiment) -> Path:

@@ -346,6 +346,29 @@ def reinitialise(net: nn.Module, seed: int) -> nn.Module:
         return net.apply(_initialise).to(device)
 
 
+@torch.no_grad()
+def transfer(net: nn.Module, trained: nn.Module) -> nn.Module:
+    """Give a network the weights and statistics of a trained one of its kind, all but its last linear layer's.
+
+    Args:
+        net: changed in place, and returned.
+        trained: may be for other images and other classes, as far as the tensors have the same shapes.
+
+    Raises:
+        ValueError: a tensor is missing or has another shape; it is named.
+    """
+    last = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)][-1]
+    known = trained.state_dict()
+    for name, tensor in net.state_dict().items():
+        if not name.startswith(f"{last}."):
+            found = known.get(name)
+            if found is None or found.shape != tensor.shape:
+                there = "is not there" if found is None else f"is {list(found.shape)}"
+                raise ValueError(f"{name} is {list(tensor.shape)}, but {there} in the network to transfer from")
+            tensor.copy_(found)
+    return net
+
+
 def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

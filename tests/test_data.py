@@ -575,3 +575,11 @@ def test_cifar10_is_the_same_from_the_cache(cifar10: tuple[Data, Data]) -> None:
     first, second = cifar10
     assert first.digest == second.digest
     assert torch.equal(first.val.images, second.val.images)
+
+
+def test_digits_in_two_halves() -> None:
+    whole, low, high = load("digits"), load("digits-0-4"), load("digits-5-9")
+    assert low.classes + high.classes == whole.classes
+    sizes = [sum(len(part.labels) for part in (images.train, images.val, images.test)) for images in (low, high)]
+    assert sizes == [901, 896]  # counts 178, 182, 177, 183, 181 and 182, 181, 179, 174, 180
+    assert high.test.labels.unique().tolist() == [0, 1, 2, 3, 4]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from prunelab import data, experiments
+from prunelab import data, experiments, models
 from prunelab.experiments import EFFORTS, Effort, Experiment, Store, compute, one_thread, run
 from prunelab.methods import METHODS, Pruned
 from prunelab.structure import Budget, ChannelSpace
@@ -71,7 +71,7 @@ def test_every_field_changes_the_key() -> None:
         ({"method": "magic"}, "unknown method 'magic': legal names are"),
         ({"parameters": (("tt", 1),)}, "method 'spp' has no parameter tt: it has"),
         ({"parameters": (("t", 0),)}, "t is 0"),
-        ({"effort": "huge"}, "effort='huge': legal values are 'smoke', 'brief', 'short', 'full'"),
+        ({"effort": "huge"}, "effort='huge': legal values are 'smoke', 'brief', 'transfer', 'short', 'full'"),
         ({"seed": -1}, "seed=-1: a seed is an integer >= 0"),
         ({"seed": 0.5}, "seed=0.5"),
         ({"macs": 0.0}, "macs"),
@@ -168,7 +168,9 @@ def test_side_by_side_gives_the_same_rows(tmp_path: Path, monkeypatch: pytest.Mo
     for jobs in (1, 2):
         monkeypatch.setenv("PRUNELAB_CACHE", str(tmp_path / f"cache{jobs}"))
         found.append(run(wanted, store=Store(tmp_path / f"rows{jobs}"), jobs=jobs, progress=False))
-    alone, together = (rows.drop(columns=["seconds", "date", "code"]).to_dict("records") for rows in found)
+    alone, together = (
+        rows.drop(columns=["seconds", "seconds_pruning", "date", "code"]).to_dict("records") for rows in found
+    )
     assert alone == together
 
 
@@ -235,3 +237,35 @@ def test_the_number_of_threads_is_given_back(tiny: None) -> None:
     before = torch.get_num_threads()
     compute(toy("dense", 1.0))
     assert torch.get_num_threads() == before
+
+
+def test_a_transferred_network_keeps_all_but_its_last_layer(tiny: None) -> None:
+    moved = replace(toy("dense", 1.0), dataset="digits-5-9", pretrained="digits-0-4")
+    assert moved.source == replace(toy("dense", 1.0), dataset="digits-0-4")
+    source = experiments.base_network(moved.source).state_dict()
+    before = experiments._untrained(moved, data.load("digits-5-9")).state_dict()
+    drawn = experiments._drawn(moved, data.load("digits-5-9")).state_dict()
+    for name, tensor in before.items():
+        assert torch.equal(tensor, drawn[name] if name.startswith("linear") else source[name])
+    found = compute(replace(toy(), dataset="digits-5-9", pretrained="digits-0-4"))
+    assert found["pretrained"] == "digits-0-4"
+    assert Experiment.of(json.loads(json.dumps(found))).pretrained == "digits-0-4"
+
+
+def test_a_network_for_other_images_is_not_transferred(tiny: None, tmp_path: Path) -> None:
+    moved = replace(toy(), pretrained="flowers17", dataset="digits")
+    with pytest.raises(ValueError, match=r"conv1.weight is \[32, 1, 5, 5\], but is \[32, 3, 5, 5\] in the network"):
+        models.transfer(models.build("convnet-bn", shape=(1, 8, 8)), models.build("convnet-bn"))
+    with pytest.raises((ValueError, FileNotFoundError)):
+        run([moved], store=Store(tmp_path / "rows"), jobs=1, progress=False)
+    assert not (tmp_path / "rows").exists()
+
+
+def test_the_effort_of_the_first_data_set() -> None:
+    assert EFFORTS["transfer"] == Effort(
+        Recipe(epochs=30, lr=0.05, batch_size=32), Recipe(epochs=12, lr=0.02, batch_size=32), "brief"
+    )
+    moved = Experiment("flowers17", "convnet-bn", "l1", (), 0.25, "conv", "transfer", 1, "cifar10")
+    assert moved.source == Experiment("cifar10", "convnet-bn", "dense", effort="brief", seed=1)
+    assert replace(moved, pretrained=None).source is None
+    assert replace(moved, pretrained=None).key != moved.key
