@@ -183,17 +183,24 @@ def verdict_table(store: Store | None = None, *, recorded: bool = True) -> pd.Da
 
 def found(paper: Paper, rows: Iterable[Row]) -> list[Cells]:
     """Return the experiments of a paper for each data set, network and effort that there are rows of."""
-    rows = list(rows)
+    rows = [row for row in rows if ("pretrained" in row) == (paper.setting.pretrained is not None)]
     grids: list[Cells] = []
-    for dataset, model, effort in dict.fromkeys((row["dataset"], row["model"], row["effort"]) for row in rows):
-        same = [row for row in rows if (row["dataset"], row["model"], row["effort"]) == (dataset, model, effort)]
+    for setting in dict.fromkeys(map(_setting, rows)):
+        same = [row for row in rows if _setting(row) == setting]
+        dataset, model, effort, pretrained = setting
         seeds = 1 + max(row["seed"] for row in same)
         macs = sorted({row["macs"] for row in same if row["method"] != "dense"}, reverse=True)
-        grid = paper.experiments(dataset=dataset, model=model, effort=effort, seeds=seeds, macs=macs)
+        grid = paper.experiments(
+            dataset=dataset, model=model, effort=effort, seeds=seeds, macs=macs, pretrained=pretrained
+        )
         keys = {row["key"] for row in same}
         if any(experiment.key in keys for experiment in grid.values() if experiment.method != "dense"):
             grids.append(grid)
     return grids
+
+
+def _setting(row: Row) -> tuple[str, str, str, str | None]:
+    return row["dataset"], row["model"], row["effort"], row.get("pretrained")
 
 
 def _line(paper: Paper, claim: Claim, experiments: Cells, known: Mapping[str, Row]) -> tuple[object, ...]:
@@ -202,7 +209,8 @@ def _line(paper: Paper, claim: Claim, experiments: Cells, known: Mapping[str, Ro
     decided = verdict(claim, rows)
     number = str(paper.headline) if claim.headline and paper.headline else ""
     some = next(iter(experiments.values()))
-    setting = f"{some.model} on {images_of(rows) or some.dataset}, {some.effort}"
+    after = f" after {some.pretrained}" if some.pretrained else ""
+    setting = f"{some.model} on {images_of(rows) or some.dataset}{after}, {some.effort}"
     seeds = int(decided.differences.seeds.min()) if len(decided.differences) else 0
     minutes = round(rows.seconds.sum() / 60, 1) if len(rows) else 0.0
     return (paper.notebook, paper.system, claim.text, number, decided.summary, decided.word, setting, seeds, minutes)

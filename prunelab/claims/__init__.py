@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from prunelab.experiments import EFFORTS, Experiment
+from prunelab.methods import METHODS
 from prunelab.structure.space import Scope
 
 __all__ = ["METRICS", "RULES", "Arm", "Claim", "Number", "Paper", "Setting", "load", "load_all"]
@@ -46,7 +47,10 @@ class Number:
 
 @dataclass(frozen=True)
 class Setting:
-    """What the recorded rows were measured on: the fields of `Experiment`, and seeds 0 to seeds − 1."""
+    """What the recorded rows were measured on: the fields of `Experiment`, and seeds 0 to seeds − 1.
+
+    With `every_method`, each method of `prunelab.methods` that no arm uses is an arm of its own, with its defaults.
+    """
 
     dataset: str
     model: str
@@ -54,6 +58,8 @@ class Setting:
     macs: tuple[float, ...]
     effort: str
     seeds: int
+    pretrained: str | None = None
+    every_method: bool = False
 
     def matches(self, dataset: str, model: str, effort: str) -> bool:
         """Return whether rows of these belong to the recorded evidence."""
@@ -131,7 +137,7 @@ class Paper:
 
     def effort_on(self, dataset: str) -> str:
         """Return the effort that a notebook spends when none is asked for: "smoke" on digits, else the recorded one."""
-        return "smoke" if dataset == "digits" else self.setting.effort
+        return "smoke" if dataset.startswith("digits") else self.setting.effort
 
     def experiments(
         self,
@@ -141,6 +147,7 @@ class Paper:
         effort: str | None = None,
         seeds: int | None = None,
         macs: Sequence[float] | None = None,
+        pretrained: str | None = None,
     ) -> dict[tuple[str, float, int], Experiment]:
         """Return the experiments of every arm at every budget with every seed, by (arm, budget, seed).
 
@@ -151,6 +158,7 @@ class Paper:
         """
         dataset, model = dataset or self.setting.dataset, model or self.setting.model
         effort = effort or self.setting.effort
+        pretrained = pretrained or self.setting.pretrained
         found = {}
         for name, arm in self.arms.items():
             dense = arm.method == "dense"
@@ -165,6 +173,7 @@ class Paper:
                         scope="all" if dense else self.setting.scope,
                         effort=effort,
                         seed=seed,
+                        pretrained=pretrained,
                     )
         return found
 
@@ -201,7 +210,10 @@ def read(path: Path) -> Paper:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
         table["numbers"] = tuple(_make(Number, n, "numbers") for n in table.get("numbers", ()))
         table["setting"] = _make(Setting, table.get("setting", {}), "setting")
-        table["arms"] = {name: _arm(arm, f"arms.{name}") for name, arm in table.get("arms", {}).items()}
+        arms = {name: _arm(arm, f"arms.{name}") for name, arm in table.get("arms", {}).items()}
+        used = {arm.method for arm in arms.values()}
+        others = [name for name in METHODS if name not in used] if table["setting"].every_method else []
+        table["arms"] = arms | {name: _arm({"label": name, "method": name}, f"arms.{name}") for name in others}
         table["claims"] = tuple(_make(Claim, claim, "claims") for claim in table.get("claims", ()))
         paper = _make(Paper, table, "the file")
         _check(paper, path)
