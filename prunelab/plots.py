@@ -44,6 +44,9 @@ class Look(NamedTuple):
 
 LOOKS: dict[str, Look] = {
     "dense": Look(BLACK, "_"),
+    "random": Look(GREY, "X"),
+    "l1": Look(ORANGE, "^"),
+    "finetune": Look(RED, "v"),
     "spp": Look(BLUE, "o"),
     "spp-no-recovery": Look(SKY, "o"),
     "l1-columns": Look(GREEN, "s"),
@@ -101,14 +104,8 @@ LOOKS: dict[str, Look] = {
 
 
 def look(arm: str) -> Look:
-    """Return how an arm is drawn.
-
-    Raises:
-        ValueError: the arm is not in `LOOKS`.
-    """
-    if arm not in LOOKS:
-        raise ValueError(f"no colour for arm {arm!r}: enter it in prunelab.plots.LOOKS, which has {', '.join(LOOKS)}")
-    return LOOKS[arm]
+    """Return how an arm is drawn: as `LOOKS` says, grey if it is not there."""
+    return LOOKS.get(arm, Look(GREY, "."))
 
 
 def use_style() -> None:
@@ -170,6 +167,36 @@ def accuracy_against_macs(
     ax.invert_xaxis()
     ax.set(xlabel="MACs kept", ylabel=f"{_metric_name(metric)} (%)")
     _legend(ax, {arm: labels[arm] for arm in (*dict.fromkeys(dense.arm), *arms)})
+    return ax
+
+
+def accuracy_by_arm(rows: pd.DataFrame, ax: Axes | None = None, metric: str = "test_tuned") -> Axes:
+    """Draw one line per arm, in the order of the rows: every seed, the mean, and its 95% interval.
+
+    The dense arm, if it is among the rows, is a dashed line at its mean in a band that spans its seeds.
+
+    Args:
+        rows: as from `report.results`, at one budget.
+        ax: where to draw; default new axes of a fitting height.
+        metric: a column in percent.
+    """
+    dense, others = rows[rows.method == "dense"], rows[rows.method != "dense"]
+    labels = dict(zip(others.arm, others.label, strict=True))
+    ax = ax or plt.subplots(figsize=(SIZE[0], 1.0 + 0.3 * len(labels)))[1]
+    if len(dense):
+        ax.axvspan(dense[metric].min(), dense[metric].max(), color=BLACK, alpha=0.12, linewidth=0)
+        ax.axvline(dense[metric].mean(), color=BLACK, linewidth=1, linestyle="--")
+    for place, arm in enumerate(labels):
+        (colour, marker), values = look(arm), others[metric][others.arm == arm].to_numpy()
+        mean, low, high = interval(values)
+        ax.hlines(place, low, high, color=colour, linewidth=1.6)
+        ax.plot(values, np.full(len(values), place), marker, color=colour, alpha=0.35, markersize=4)
+        ax.plot(mean, place, marker, color=colour, markersize=8)
+    ax.set_yticks(range(len(labels)), list(labels.values()))
+    margin = 0.08 * float(np.ptp(rows[metric]))  # an interval may be far wider than what was seen: it is cut off here
+    ax.set(xlim=(rows[metric].min() - margin, rows[metric].max() + margin), ylim=(len(labels) - 0.5, -0.5))
+    ax.grid(axis="x", visible=True)
+    ax.set_xlabel(f"{_metric_name(metric)} (%)")
     return ax
 
 

@@ -135,6 +135,35 @@ def interval(values: Sequence[float] | NDArray[np.floating[Any]]) -> tuple[float
     return mean, mean - half, mean + half
 
 
+def ranks(rows: pd.DataFrame, metric: str = "test_tuned") -> pd.DataFrame:
+    """Rank the arms at each budget, with the ranks that the seeds leave possible.
+
+    An arm beats another for certain if the 95% interval of their paired difference lies on its side of 0, as in
+    `verdict`. Of k arms one can stand as high as 1 + (how many beat it for certain), and as low as k − (how many it
+    beats for certain). Intervals are not widened for the number of pairs, so among many arms a few are wrong.
+
+    Args:
+        rows: as from `results`; the dense arm is left out.
+        metric: a column of the rows, in percent.
+
+    Returns:
+        Per budget, largest first, the best arm first: macs, arm, label, mean in percent; rank, by the mean; highest and
+        lowest, the ranks that are possible; seeds, those that all arms of the budget have.
+    """
+    labels = dict(zip(rows.arm, rows.label, strict=True))
+    found: list[pd.DataFrame] = []
+    for macs, some in rows[rows.method != "dense"].groupby("macs", sort=False):
+        accuracy = some.pivot(index="seed", columns="arm", values=metric).dropna()
+        values = accuracy.to_numpy().T  # [arms, seeds]
+        beats = np.array([[interval(a - b)[1] > 0 for b in values] for a in values])
+        table = pd.DataFrame({"macs": macs, "arm": accuracy.columns, "mean": accuracy.mean().to_numpy()})
+        table.insert(2, "label", table.arm.map(labels))
+        table["rank"] = table["mean"].rank(ascending=False, method="min").astype(int)
+        table["highest"], table["lowest"] = 1 + beats.sum(axis=0), len(table) - beats.sum(axis=1)
+        found.append(table.assign(seeds=len(accuracy)).sort_values("rank"))
+    return pd.concat(found).sort_values(["macs", "rank"], ascending=[False, True], ignore_index=True)
+
+
 def accuracy_table(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the test accuracy of each arm at each budget, mean ± half the 95% interval over seeds, as text.
 

@@ -23,7 +23,8 @@ def rows(accuracies: Mapping[tuple[str, float], Sequence[float]]) -> pd.DataFram
     """Return rows from {(arm, macs): one accuracy per seed}."""
     return pd.DataFrame(
         [
-            {"arm": arm, "method": "dense" if arm == "dense" else "l1", "macs": macs, "seed": seed, "test_tuned": value}
+            {"arm": arm, "label": arm, "method": "dense" if arm == "dense" else "l1", "macs": macs, "seed": seed}
+            | {"test_tuned": value}
             for (arm, macs), values in accuracies.items()
             for seed, value in enumerate(values)
         ]
@@ -117,6 +118,23 @@ def test_only_common_seeds_count() -> None:
 
 def test_no_rows_decide_nothing() -> None:
     assert report.verdict(BETTER, rows({("a", 0.5): CLEAR}).iloc[:0]).word == "not tested here"
+
+
+def test_ranks_by_hand() -> None:
+    # a beats b by 2 for certain; c lies between, but swings by 10 over the seeds
+    found = report.ranks(rows({("a", 0.5): CLEAR, ("b", 0.5): [70.0] * 3, ("c", 0.5): [61.0, 71.0, 81.0]}))
+    assert found.arm.tolist() == ["a", "c", "b"]
+    assert found["rank"].tolist() == [1, 2, 3]
+    assert list(zip(found.highest, found.lowest, strict=True)) == [(1, 2), (1, 3), (2, 3)]
+    assert found.seeds.tolist() == [3, 3, 3]
+
+
+def test_ranks_are_of_each_budget_and_of_the_seeds_that_all_have() -> None:
+    given = rows({("a", 0.5): CLEAR, ("b", 0.5): [70.0] * 2, ("a", 0.25): [60.0] * 3, ("b", 0.25): [62.0] * 3})
+    found = report.ranks(given)
+    assert found.macs.tolist() == [0.5, 0.5, 0.25, 0.25]
+    assert found.arm.tolist() == ["a", "b", "b", "a"]
+    assert found.seeds.tolist() == [2, 2, 3, 3]
 
 
 def test_the_summary_says_how_many_differences_passed() -> None:
