@@ -15,12 +15,12 @@ Pruning hooks take no part: a checkpoint would have to hold what they remember. 
 
 from __future__ import annotations
 
+import atexit
 import copy
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -110,7 +110,8 @@ def train(
     shared = {"size": size, "workers": workers, "rank": group.rank, "processes": group.size}
     done = min(len(curve) * steps_per_epoch, steps)
     hidden = not progress or group.rank > 0
-    with _joined(group), tqdm(total=steps, initial=done, desc="train", leave=False, disable=hidden) as bar:
+    _join(group)
+    with tqdm(total=steps, initial=done, desc="train", leave=False, disable=hidden) as bar:
         parallel = _parallel(net, group)
         for epoch in range(len(curve), math.ceil(steps / steps_per_epoch)):
             batches = training_batches(pictures, recipe.batch_size // group.size, seed=seed, epoch=epoch, **shared)
@@ -142,8 +143,8 @@ def evaluate(
     val, group = open_split(folder, "val"), _group()
     _place(net, val, group, size)
     shared = {"size": size, "workers": workers, "rank": group.rank, "processes": group.size}
-    with _joined(group):
-        return _accuracy(net, val, validation_batches(val, batch_size, **shared), group)
+    _join(group)
+    return _accuracy(net, val, validation_batches(val, batch_size, **shared), group)
 
 
 # --- processes --------------------------------------------------------------------------------------------------------
@@ -164,19 +165,14 @@ def _group() -> _Group:
     return _Group(rank, size, torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu"))
 
 
-@contextmanager
-def _joined(group: _Group) -> Iterator[None]:
-    """Let the processes talk to each other, unless they already do."""
+def _join(group: _Group) -> None:
+    """Let the processes talk to each other until they end: a group that was left cannot be joined again."""
     if group.size == 1 or dist.is_initialized():
-        yield
         return
     if group.device.type == "cuda":
         torch.cuda.set_device(group.device)
     dist.init_process_group("nccl" if group.device.type == "cuda" else "gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    atexit.register(dist.destroy_process_group)
 
 
 def _parallel(net: nn.Module, group: _Group) -> nn.Module:

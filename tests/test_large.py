@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from prunelab import data, large
+from prunelab import data, deploy, large
 from prunelab.imagenet import MEAN, RECIPES, STD, open_split, training_batches, validation_batches
 from prunelab.models import build
 from prunelab.training import Recipe, learning_rate
@@ -182,38 +182,51 @@ def test_a_copy_with_synchronised_batch_norm_trains_the_nets_own_tensors() -> No
     assert all(own[name] is theirs[name] for name in own)
 
 
-@pytest.mark.parametrize("resumed", [False, True])
-def test_two_processes_draw_the_curve_of_one(folder: Path, tmp_path: Path, resumed: bool) -> None:
-    recipe = replace(RECIPES["resnet50"].recipe, epochs=3, lr=0.02, batch_size=16)
-    one, two = tmp_path / "one", tmp_path / "two"
-    curve = train(build("convnet", classes=CLASSES, shape=(3, SIZE, SIZE), seed=5), folder, one, recipe, seed=5)
-    if resumed:  # from what one process left, so neither processes nor workers are bound to a checkpoint
-        net = build("convnet", classes=CLASSES, shape=(3, SIZE, SIZE), seed=5)
-        with pytest.raises(InterruptedError):
-            net.register_forward_pre_hook(interrupt_after(4))
-            train(net, folder, two, recipe, seed=5)
-    words = "convnet", folder, two, "--recipe", "resnet50", "--epochs", 3, "--lr", 0.02, "--batch-size", 16
-    words += "--seed", 5, "--size", SIZE, "--workers", 1
-    torchrun = sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2
+PROCESSES = """
+import sys
+from pathlib import Path
+from test_large import CLASSES, RECIPE, SIZE, large, plain
+
+if __name__ == "__main__":
+    for out in sys.argv[2:]:
+        net = plain()
+        curve = large.train(net, sys.argv[1], RECIPE, out, seed=5, size=SIZE, workers=1)
+        accuracy = large.evaluate(net, sys.argv[1], size=SIZE, workers=0)
+        assert accuracy == (curve[-1].top1, curve[-1].top5), (accuracy, curve)
+"""
+
+
+def plain() -> nn.Module:
+    """Return a network without batch norm and dropout, which processes do not share."""
+    return build("convnet", classes=CLASSES, shape=(3, SIZE, SIZE), seed=5)
+
+
+def test_two_processes_draw_the_curve_of_one(folder: Path, tmp_path: Path) -> None:
+    one, two, resumed, script = (tmp_path / name for name in ("one", "two", "resumed", "script.py"))
+    curve = train(plain(), folder, one, seed=5)
+    interrupted = plain()
+    interrupted.register_forward_pre_hook(interrupt_after(STEPS_PER_EPOCH + 1))
+    with pytest.raises(InterruptedError):  # two processes go on where one has stopped
+        train(interrupted, folder, resumed, seed=5)
+
+    script.write_text(PROCESSES)
+    torchrun = sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
     done = subprocess.run(
-        [str(word) for word in (*torchrun, "-m", "prunelab.large", *words)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        [*torchrun, str(script), str(folder), str(two), str(resumed)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=150,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("3 epochs: loss ")
-    assert done.stdout.count("\n") == 1  # by the first process alone
-
-    points = [large.Epoch(**json.loads(line)) for line in (two / large.CURVE).read_text().splitlines()]
-    assert [point.epoch for point in points] == [1, 2, 3]
-    for point, expected in zip(points, curve, strict=True):
-        assert asdict(point) == pytest.approx(asdict(expected), rel=1e-5)
-    of_one, of_two = load_file(one / large.CHECKPOINT), load_file(two / large.CHECKPOINT)
-    assert of_one.keys() == of_two.keys()
-    for name in of_one:
-        torch.testing.assert_close(of_two[name], of_one[name], rtol=1e-4, atol=1e-6)
+    expected = load_file(one / large.CHECKPOINT)
+    for out in (two, resumed):
+        points = [large.Epoch(**json.loads(line)) for line in (out / large.CURVE).read_text().splitlines()]
+        assert [asdict(point) for point in points] == [pytest.approx(asdict(point), rel=1e-5) for point in curve]
+        tensors = load_file(out / large.CHECKPOINT)
+        assert tensors.keys() == expected.keys()
+        for name in expected:
+            torch.testing.assert_close(tensors[name], expected[name], rtol=1e-4, atol=1e-6)
 
 
 def interrupt_after(steps: int):
@@ -360,7 +373,25 @@ def test_a_loss_that_is_not_finite_ends_the_run_without_a_checkpoint(folder: Pat
     assert not (tmp_path / large.CHECKPOINT).exists()
 
 
-# Recipes
+# The command line and the recipes
+
+
+def test_the_command_line_trains_a_network_by_its_name_or_its_file(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    by_name, by_file, in_python, saved = (tmp_path / name for name in ("name", "file", "python", "net.safetensors"))
+    recipe = replace(RECIPES["resnet50"].recipe, epochs=1, lr=0.02, batch_size=16)
+    shape = (3, SIZE, SIZE)
+    (last,) = train(plain(), folder, in_python, recipe, seed=5)
+    deploy.save(saved, plain(), [], shape=shape, model="convnet", classes=CLASSES)
+    for net, out in (("convnet", by_name), (str(saved), by_file)):
+        settings = {"epochs": 1, "lr": 0.02, "batch_size": 16, "seed": 5, "size": SIZE, "workers": 0}
+        large.main(net, folder, out, "resnet50", **settings)
+        assert_equal(load_file(out / large.CHECKPOINT), load_file(in_python / large.CHECKPOINT))
+    line = f"1 epochs: loss {last.loss:.4f}, top-1 {last.top1:.2f}%, top-5 {last.top5:.2f}%\n"
+    assert capsys.readouterr().out == 2 * line
+    with pytest.raises(ValueError, match="unknown recipe 'resnet': there are alexnet, vgg16, "):
+        large.main("convnet", folder, by_name, "resnet")
 
 
 def test_recipes_make_the_updates_of_their_sources() -> None:
