@@ -8,6 +8,7 @@ import pytest
 
 from prunelab import claims
 from prunelab.experiments import Experiment
+from prunelab.methods import METHODS
 
 GOOD = """
 notebook = "77_toy"
@@ -113,6 +114,29 @@ def test_no_two_arms_of_a_paper_are_the_same_experiment() -> None:
         for effort in ("smoke", "brief"):
             keys = [experiment.key for experiment in paper.experiments(effort=effort).values()]
             assert len(set(keys)) == len(keys)
+
+
+def test_the_showdown_runs_every_method_as_its_own_notebook_does() -> None:
+    showdown = claims.load("12")
+    assert {arm.method for arm in showdown.arms.values()} == set(METHODS)
+    for paper in claims.load_all():
+        for name in showdown.arms.keys() & paper.arms.keys():
+            ours, theirs = showdown.arms[name], paper.arms[name]
+            assert (ours.method, ours.parameters, ours.by_effort) == (
+                theirs.method,
+                theirs.parameters,
+                theirs.by_effort,
+            )
+
+
+def test_a_new_method_joins_the_showdown_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = claims.load("12")
+    monkeypatch.setitem(METHODS, "brand-new", METHODS["l1"])
+    after = claims.load("12")
+    assert after.arms.keys() - before.arms.keys() == {"brand-new"}
+    assert after.arms["brand-new"] == claims.Arm("brand-new", "brand-new", {}, {})
+    assert len(after.experiments()) == len(before.experiments()) + len(before.setting.macs) * before.setting.seeds
+    assert "brand-new" not in claims.load("01").arms
 
 
 def test_what_counts_as_the_recorded_evidence() -> None:
