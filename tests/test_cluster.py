@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -27,6 +28,10 @@ SWEEP = [
     for method, macs in (("l1", 0.5), ("random", 0.5), ("random", 0.25))
 ]
 
+# What every process here takes for "smoke"; a worker process is told as it starts, and again if it is replaced.
+TINY = Effort(replace(EFFORTS["smoke"].dense, epochs=1), replace(EFFORTS["smoke"].after, epochs=1))
+PRELOAD = f"from prunelab.experiments import EFFORTS, Effort, Recipe; EFFORTS['smoke'] = {TINY!r}"
+
 
 def settled(rows: pd.DataFrame) -> list[dict[str, Any]]:
     """Return all of the rows that does not depend on when and how fast they were computed."""
@@ -39,10 +44,9 @@ def keys_in(store: Store) -> list[str]:
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give a test its own cache, and this process an effort of a few steps."""
+    """Give a test its own cache, and this process an effort of an epoch."""
     monkeypatch.setenv("PRUNELAB_CACHE", str(tmp_path / "cache"))
-    dense, after = EFFORTS["smoke"].dense, EFFORTS["smoke"].after
-    monkeypatch.setitem(EFFORTS, "smoke", Effort(replace(dense, epochs=0.5), replace(after, epochs=0.5)))
+    monkeypatch.setitem(EFFORTS, "smoke", TINY)
 
 
 @pytest.fixture
@@ -62,6 +66,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]
     """Return the rows of the sweep, computed one after the other without a cluster."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PRUNELAB_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setitem(EFFORTS, "smoke", TINY)
         store = Store(tmp_path_factory.mktemp("rows"))
         return settled(experiments.run(SWEEP, store=store, jobs=1, progress=False))
 
@@ -72,7 +77,9 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PRUNELAB_CACHE", str(tmp_path_factory.mktemp("cache")))
         with (
-            LocalCluster(n_workers=2, threads_per_worker=1, memory_limit=None, dashboard_address=":0") as local,
+            LocalCluster(
+                n_workers=2, threads_per_worker=1, memory_limit=None, dashboard_address=":0", preload=PRELOAD
+            ) as local,
             Client(local, set_as_default=False) as client,
         ):
             yield client
@@ -287,7 +294,11 @@ def test_the_jobs_that_slurm_is_given_compute_the_rows(
         command.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PRUNELAB_CACHE", str(tmp_path / "cache"))
-    with dask.config.set({"jobqueue.slurm.interface": "lo"}):
+    settings = {
+        "jobqueue.slurm.interface": "lo",
+        "jobqueue.slurm.worker-extra-args": ["--preload", shlex.quote(PRELOAD)],
+    }
+    with dask.config.set(settings):
         rows = cluster.run(SWEEP[1:2], "slurm:1", store=Store(tmp_path / "rows"), progress=False)
     assert settled(rows) == undisturbed[1:2]
 
