@@ -16,6 +16,7 @@ import nbformat
 import pandas as pd
 import pytest
 from distributed import Client, LocalCluster, Scheduler, SpecCluster, Worker, get_worker
+from distributed.utils import get_mp_context
 from typer.testing import CliRunner
 
 from prunelab import __main__ as cli
@@ -73,12 +74,22 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    """Return a client of two worker processes that share a cache folder with this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PRUNELAB_CACHE", str(tmp_path_factory.mktemp("cache")))
+    """Return a client of two worker processes, forked from one that has PyTorch imported, with a cache of their own."""
+    folder = str(tmp_path_factory.mktemp("cache"))
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}),
+    ):
+        patch.setenv("PRUNELAB_CACHE", folder)
+        get_mp_context().set_forkserver_preload(["distributed", "prunelab.cluster"])
         with (
             LocalCluster(
-                n_workers=2, threads_per_worker=1, memory_limit=None, dashboard_address=":0", preload=PRELOAD
+                n_workers=2,
+                threads_per_worker=1,
+                memory_limit=None,
+                dashboard_address=":0",
+                preload=PRELOAD,
+                env={"PRUNELAB_CACHE": folder},
             ) as local,
             Client(local, set_as_default=False) as client,
         ):
