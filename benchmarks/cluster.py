@@ -3,9 +3,8 @@
 python benchmarks/cluster.py [--runs 32] [--tasks 200] [--rounds 1]
 
 The gain: seconds of a sweep of digits experiments, their dense networks trained beforehand, on one worker and on two,
-once the workers have PyTorch loaded. Two workers cannot gain more than the machine gives two processes; that is measured
-beside it, by the same sweep without Dask. The cost: milliseconds per task that does nothing, submitted, run and
-collected as `cluster.run` does.
+once the workers have PyTorch loaded. Two workers cannot gain more than the machine gives two processes, so the same sweep
+is timed without Dask too. The cost: milliseconds per task that does nothing, submitted and collected as in `cluster.run`.
 """
 
 from __future__ import annotations
