@@ -2,9 +2,10 @@
 
 python benchmarks/cluster.py [--runs 32] [--tasks 200] [--rounds 1]
 
-The gain: seconds of a sweep of digits experiments, their dense networks trained beforehand, on one worker and on two,
-once the workers have PyTorch loaded. Two workers cannot gain more than the machine gives two processes, so the same sweep
-is timed without Dask too. The cost: milliseconds per task that does nothing, submitted and collected as in `cluster.run`.
+The gain: seconds of a sweep of digits experiments, their dense network trained beforehand, on one worker and on two,
+once the workers have PyTorch loaded. Two workers cannot gain more than the machine gives two processes, so the same
+sweep is timed without Dask too. The cost: milliseconds per task that does nothing, submitted and collected as
+`cluster.run` does.
 """
 
 from __future__ import annotations

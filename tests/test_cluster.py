@@ -105,7 +105,8 @@ def test_a_sweep_that_loses_a_worker_half_way_ends_with_the_same_rows(
         def add(self, row: Row) -> None:
             super().add(row)
             if not killed and len(keys_in(self)) == 2:
-                busy = next(worker for worker, tasks in processes.processing().items() if tasks)
+                working = processes.processing()
+                busy = max(working, key=lambda worker: len(working[worker]))
                 (pid,) = processes.run(os.getpid, workers=[busy]).values()
                 os.kill(pid, signal.SIGKILL)
                 killed.append(pid)
