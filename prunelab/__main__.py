@@ -11,7 +11,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,7 +47,7 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
     def shown(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             function(*args, **kwargs)
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
             errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(2) from error
 
@@ -84,10 +84,15 @@ def run(
     words: Annotated[list[str], typer.Argument(metavar="NN|all [-p NAME VALUE]...", show_default=False)],
     fresh: Annotated[bool, typer.Option("--fresh", help="Compute every row anew, in OUT/results.")] = False,
     out: Annotated[Path, typer.Option(help="Where executed notebooks, pages and figures go.")] = Path("build"),
+    cluster: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Compute rows on a Dask cluster: local, slurm[:JOBS], or HOST:PORT."),
+    ] = None,
 ) -> None:
     """Run notebooks with other parameters: NN is the start of a notebook's name, `-p NAME VALUE` sets a parameter.
 
-    With several notebooks, each is given the parameters that it has.
+    With several notebooks, each is given the parameters that it has. They run here, one after the other; with
+    --cluster, the rows that they lack are computed there.
     """
     import papermill
     from papermill.exceptions import PapermillExecutionError
@@ -99,8 +104,11 @@ def run(
         if not any(name in parameters for parameters in known.values()):
             has = "; ".join(f"{path.stem} has {', '.join(found) or 'none'}" for path, found in known.items())
             raise ValueError(f"unknown parameter {name}: {has}")
-    (out / "figures").mkdir(parents=True, exist_ok=True)
-    with _environment(PRUNELAB_FIGURES=out / "figures", PRUNELAB_RESULTS=_emptied(out / "results") if fresh else None):
+    with ExitStack() as stack:
+        scheduler = stack.enter_context(_connected(cluster)) if cluster is not None else None
+        figures, rows = (out / "figures").resolve(), _emptied(out / "results").resolve() if fresh else None
+        figures.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(_environment(PRUNELAB_FIGURES=figures, PRUNELAB_RESULTS=rows, PRUNELAB_CLUSTER=scheduler))
         for path, parameters in known.items():
             console.print(f"[bold]{path.stem}[/]")
             executed = out / path.name
@@ -239,10 +247,23 @@ def _emptied(folder: Path) -> Path:
 
 
 @contextmanager
-def _environment(**variables: Path | None) -> Iterator[None]:
+def _connected(cluster: str) -> Iterator[str]:
+    """Yield a scheduler's address: the notebooks' kernels compute there what `report.results` lacks.
+
+    The notebooks themselves stay here. It is their rows that take hours, each is a task, and each is in the store once
+    it is there; a notebook as a task would lose them all with its worker, and would need the store on every machine.
+    """
+    from prunelab.cluster import connect, scheduler_of
+
+    with connect(cluster) as client:
+        yield scheduler_of(client)
+
+
+@contextmanager
+def _environment(**variables: Path | str | None) -> Iterator[None]:
     """Set environment variables, those that are not None, for as long as the block runs."""
     before = dict(os.environ)
-    os.environ.update({name: str(path.resolve()) for name, path in variables.items() if path is not None})
+    os.environ.update({name: str(value) for name, value in variables.items() if value is not None})
     try:
         yield
     finally:

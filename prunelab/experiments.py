@@ -208,22 +208,41 @@ def run(
     Raises:
         ValueError, FileNotFoundError: before any work, if a data set or network is not to be had.
     """
-    wanted = list(dict.fromkeys(experiments))
-    store = store or Store()
-    known = store.rows()
-    missing = [experiment for experiment in wanted if experiment.key not in known]
-    for experiment in dict.fromkeys(e.base for e in missing):
-        _check(experiment)
-    bases = [e for e in dict.fromkeys(e.base for e in missing) if not _weights_path(e).exists()]
+    wanted, store = list(dict.fromkeys(experiments)), store or Store()
+    lacking = missing(wanted, store)
+    bases = untrained(lacking)
     jobs = jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
-    with tqdm(total=len(bases) + len(missing), desc="experiments", disable=not progress or not missing) as bar:
+    with tqdm(total=len(bases) + len(lacking), desc="experiments", disable=not progress or not lacking) as bar:
         for _ in _side_by_side(base_network, bases, jobs):
             bar.update()
-        for row in _side_by_side(compute, missing, jobs):
+        for row in _side_by_side(compute, lacking, jobs):
             store.add(row)
-            known[row["key"]] = row
             bar.update()
-    return pd.DataFrame([known[experiment.key] for experiment in wanted])
+    return recorded(wanted, store)
+
+
+def missing(experiments: Iterable[Experiment], store: Store) -> list[Experiment]:
+    """Return the experiments that the store lacks, each once, after a check that they can be run.
+
+    Raises:
+        ValueError, FileNotFoundError: a data set or network of theirs is not to be had.
+    """
+    known = store.rows()
+    lacking = [experiment for experiment in dict.fromkeys(experiments) if experiment.key not in known]
+    for base in dict.fromkeys(e.base for e in lacking):
+        _check(base)
+    return lacking
+
+
+def untrained(experiments: Iterable[Experiment]) -> list[Experiment]:
+    """Return the dense networks of some experiments, each once, that are not in the cache."""
+    return [base for base in dict.fromkeys(e.base for e in experiments) if not _weights_path(base).exists()]
+
+
+def recorded(experiments: Iterable[Experiment], store: Store) -> pd.DataFrame:
+    """Return the rows of experiments that the store has, in their order."""
+    known = store.rows()
+    return pd.DataFrame([known[experiment.key] for experiment in experiments])
 
 
 def _check(base: Experiment) -> None:

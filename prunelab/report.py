@@ -64,13 +64,19 @@ def results(
         paper: names the arms.
         experiments: some or all of `paper.experiments(...)`.
         store: as in `prunelab.experiments.run`.
-        jobs: as in `prunelab.experiments.run`.
+        jobs: as in `prunelab.experiments.run`; where the environment variable `PRUNELAB_CLUSTER` holds an address as
+            in `prunelab.cluster.connect`, rows are computed there instead.
         progress: as in `prunelab.experiments.run`.
 
     Returns:
         The columns of a row, after `arm` (its name) and `label` (what figures call it).
     """
-    rows = run(experiments.values(), store=store, jobs=jobs, progress=progress)
+    if address := os.environ.get("PRUNELAB_CLUSTER"):
+        from prunelab import cluster  # needs Dask, which not everyone has
+
+        rows = cluster.run(experiments.values(), address, store=store, progress=progress)
+    else:
+        rows = run(experiments.values(), store=store, jobs=jobs, progress=progress)
     return _named(paper, experiments, {str(row["key"]): row for row in rows.to_dict("records")})
 
 
