@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 
 import prunelab
 from prunelab import cost, data, methods, models
+from prunelab._checks import Legal, check, check_fields, instance, integer, one_of, optional
 from prunelab._files import cache_folder, write_atomically
 from prunelab.structure import Budget
 from prunelab.structure.space import Scope
@@ -75,6 +76,13 @@ EFFORTS: dict[str, Effort] = {
 }
 
 
+PLAIN = str, int, float, type(None)  # what a key and a row can be made of
+PARAMETERS = Legal(
+    "(name, value) pairs, or a mapping, with values that are numbers, texts, True, False or None",
+    lambda pairs: all(isinstance(n, str) and isinstance(v, PLAIN) for n, v in dict(pairs).items()),
+)
+
+
 @dataclass(frozen=True)
 class Experiment:
     """One run: which network, pruned how far by what, with which effort and seed.
@@ -107,11 +115,10 @@ class Experiment:
     pretrained: str | None = None
 
     def __post_init__(self) -> None:
+        name = instance(str, "a name")
+        check_fields(self, "experiment", dataset=name, model=name, parameters=PARAMETERS, pretrained=optional(name))
         object.__setattr__(self, "parameters", tuple(sorted(dict(self.parameters).items())))
-        if self.effort not in EFFORTS:
-            raise ValueError(f"effort={self.effort!r}: legal values are {', '.join(map(repr, EFFORTS))}")
-        if not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed={self.seed!r}: a seed is an integer >= 0")
+        check_fields(self, "experiment", effort=one_of(EFFORTS), seed=integer(0))
         methods.build(self.method, **dict(self.parameters))
         Budget(self.macs, self.scope)
         object.__setattr__(self, "macs", float(self.macs))  # 1 and 1.0 are one experiment, with one key
@@ -208,7 +215,10 @@ def run(
     Raises:
         ValueError, FileNotFoundError: before any work, if a data set or network is not to be had.
     """
+    check("jobs", jobs, optional(integer(1)))
     wanted = list(dict.fromkeys(experiments))
+    for experiment in wanted:
+        check("experiments: one of them", experiment, instance(Experiment, "an Experiment"))
     store = store or Store()
     known = store.rows()
     missing = [experiment for experiment in wanted if experiment.key not in known]

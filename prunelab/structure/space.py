@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from prunelab import cost
 from prunelab import scores as criteria
+from prunelab._checks import FRACTION, one_of
 from prunelab.structure.plan import Plan
 
 Scope = Literal["all", "conv"]
@@ -66,9 +67,9 @@ class Budget:
         given = {name: getattr(self, name) for name in _COSTS if getattr(self, name) is not None}
         if len(given) != 1:
             raise ValueError(f"a budget is one of {', '.join(_COSTS)}: got {given or 'none'}")
-        if not 0 < self.fraction <= 1:
+        if not FRACTION.accepts(self.fraction):
             what = _COSTS[self.cost]
-            raise ValueError(f"budget {self.cost}={self.fraction}: the fraction of {what} to keep must be in (0, 1]")
+            raise ValueError(f"budget {self.cost}={self.fraction!r}: the fraction of {what} to keep must be in (0, 1]")
         check_scope(self.scope)
         if self.macs is None and self.scope != "all":
             raise ValueError(f"scope={self.scope!r} says which MACs are counted: the budget is of {self.cost}")
@@ -100,7 +101,7 @@ _COSTS = {"macs": "MACs", "parameters": "parameters", "latency": "latency"}
 
 def check_scope(scope: str) -> None:
     """Raise ValueError unless `scope` is one that costs are counted in."""
-    if scope not in get_args(Scope):
+    if not one_of(get_args(Scope)).accepts(scope):
         raise ValueError(f"scope={scope!r}: legal values are {', '.join(map(repr, get_args(Scope)))}")
 
 
@@ -112,11 +113,11 @@ def kept_count(size: int, share: Share) -> int:
     Raises:
         ValueError: a fraction outside (0, 1], or a count outside [1, size].
     """
-    if isinstance(share, Integral):
+    if isinstance(share, Integral) and not isinstance(share, bool):
         if not 1 <= share <= size:
             raise ValueError(f"share {share}: a group of {size} keeps between 1 and {size} units")
         return int(share)
-    if not 0 < share <= 1:
+    if not FRACTION.accepts(share):
         raise ValueError(f"share {share}: a kept fraction must be in (0, 1]; a kept count must be an int")
     return max(1, int(size * Fraction(str(share))))
 
@@ -482,7 +483,7 @@ class Space(ABC):
         return times["cut"].median / times["dense"].median
 
     def _priority(self, scores: Scores, ranking: Ranking) -> NDArray[np.float64]:
-        if ranking not in get_args(Ranking):
+        if not one_of(get_args(Ranking)).accepts(ranking):
             raise ValueError(f"ranking={ranking!r}: legal values are {', '.join(map(repr, get_args(Ranking)))}")
         parts = []
         for group in self.groups:
