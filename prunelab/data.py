@@ -37,7 +37,7 @@ from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
 from prunelab._checks import check, instance, integer, one_of, optional
-from prunelab._files import cache_folder, write_atomically
+from prunelab._files import cache_folder, write_atomically, writing_cache
 
 SPLIT_SEED = 20200401
 """Seed of every train/validation split: part of a data set's definition, never of an experiment."""
@@ -251,7 +251,8 @@ def load(name: str, *, image_size: int | None = None) -> Data:
     if path.exists():
         return _read_cache(path, name, kind)
     data = _assemble(name, kind, source.decode(image_size))
-    _write_cache(path, data, source.digest)
+    with writing_cache():
+        _write_cache(path, data, source.digest)
     return data
 
 

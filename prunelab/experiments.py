@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 import prunelab
 from prunelab import cost, data, methods, models
 from prunelab._checks import Legal, check, check_fields, instance, integer, one_of, optional
-from prunelab._files import cache_folder, write_atomically
+from prunelab._files import cache_folder, write_atomically, writing_cache
 from prunelab.structure import Budget
 from prunelab.structure.space import Scope
 from prunelab.training import Context, Recipe, evaluate, fit, recalibrate
@@ -181,7 +181,7 @@ class Store:
         """
         found: dict[str, Row] = {}
         for path in sorted(self.folder.glob("*.jsonl")):
-            for number, line in enumerate(path.read_text().splitlines(), 1):
+            for number, line in enumerate(path.read_bytes().splitlines(), 1):
                 try:
                     row = json.loads(line)
                     found[row["key"]] = row
@@ -304,18 +304,25 @@ def base_network(experiment: Experiment) -> nn.Module:
     images = _data(base.dataset)
     net = _untrained(base, images)
     path = _weights_path(base)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
-        if not path.exists():
-            with one_thread():
-                fit(net, images, EFFORTS[base.effort].dense, seed=base.seed, progress=False)
-            weights = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
-            write_atomically(path, save(weights))
+    if not path.exists():  # a file that is there is whole, and a cache that has it need not be writable
+        with writing_cache():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(path.with_suffix(".lock")):
+                _train(net, images, base, path)
     try:
         net.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it, and the network is trained again") from error
     return net.to(images.device).eval()
+
+
+def _train(net: nn.Module, images: data.Data, base: Experiment, path: Path) -> None:
+    """Train a dense network and write its weights, unless another process did so while this one waited."""
+    if not path.exists():
+        with one_thread():
+            fit(net, images, EFFORTS[base.effort].dense, seed=base.seed, progress=False)
+        weights = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
+        write_atomically(path, save(weights))
 
 
 def _untrained(base: Experiment, images: data.Data) -> nn.Module:
