@@ -94,7 +94,11 @@ def check_fields(settings: object, name: str, /, **legal: Legal) -> None:
 
 def check_shares(name: str, shares: object, legal: Legal) -> None:
     """Check a mapping {group: share}, or None; ValueError names it, or the group."""
-    check(name, shares, optional(instance(Mapping, "a mapping {group: share}")))
+    of_groups = Legal(
+        "a mapping {group: share}",
+        lambda given: isinstance(given, Mapping) and all(isinstance(group, str) for group in given),
+    )
+    check(name, shares, optional(of_groups))
     if isinstance(shares, Mapping):
         for group, share in shares.items():
             check(f"{name}[{group!r}]", share, legal)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -68,8 +68,10 @@ class Recipe:
         )
 
 
-def _are_increasing(milestones: Iterable[float]) -> bool:
-    return all(low < high for low, high in itertools.pairwise((0.0, *milestones, 1.0)))
+def _are_increasing(milestones: Sequence[float]) -> bool:
+    return isinstance(milestones, tuple | list) and all(
+        low < high for low, high in itertools.pairwise((0.0, *milestones, 1.0))
+    )
 
 
 def learning_rate(recipe: Recipe, progress: float) -> float:

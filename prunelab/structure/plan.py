@@ -33,8 +33,8 @@ class Plan:
         groups = instance(Mapping, "a mapping with an entry for every group")
         check_fields(self, "plan", space=instance(str, "the name of a space"), sizes=groups, keep=groups)
         if set(self.sizes) != set(self.keep):
-            odd = sorted(set(self.sizes) ^ set(self.keep))
-            raise ValueError(f"a plan keeps units of every group it has a size for: {odd} appear on one side only")
+            odd = sorted(set(self.sizes) ^ set(self.keep), key=str)
+            raise ValueError(f"plan: sizes and keep must have the same groups: {odd} appear on one side only")
         for name, size in self.sizes.items():
             check(f"plan, group {name!r}: size", size, integer(1))
             kept = self.keep[name]
