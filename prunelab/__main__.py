@@ -136,8 +136,9 @@ def verify(
     notebook: Annotated[str | None, typer.Argument(metavar="[NN]", help="Only rows of this notebook.")] = None,
     sample: Annotated[int, typer.Option(min=1, help="How many rows to recompute.")] = 3,
     seed: Annotated[int, typer.Option(help="Which rows are drawn.")] = 0,
+    every: Annotated[bool, typer.Option("--all", help="Recompute every row, whatever the sample.")] = False,
 ) -> None:
-    """Recompute some of the recorded rows and compare.
+    """Recompute some of the recorded rows, or all, and compare.
 
     A new test accuracy may differ from the recorded one by half a point, or by two standard deviations over the
     recorded seeds of the same experiment if that is more.
@@ -150,7 +151,7 @@ def verify(
     if notebook is not None:
         found = report.found(claims.load(notebook), known.values())
         keys &= {experiment.key for cells in found for experiment in cells.values()}
-    chosen = random.Random(seed).sample(sorted(keys), min(sample, len(keys)))
+    chosen = sorted(keys) if every else random.Random(seed).sample(sorted(keys), min(sample, len(keys)))
     wanted = _at_hand([Experiment.of(known[key]) for key in chosen])
     if not wanted:
         raise ValueError(f"nothing to verify among {len(keys)} recorded rows")
@@ -168,6 +169,7 @@ def verify(
         verdict = "[green]same[/]" if passed else "[red]differs[/]"
         table.add_row(experiment.method, setting, str(experiment.seed), *numbers, verdict)
     console.print(table)
+    console.print(f"{len(wanted) - failed} of {len(wanted)} rows are the same, of {len(keys)} recorded")
     if failed:
         raise typer.Exit(1)
 

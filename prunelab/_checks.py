@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
+from types import UnionType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ class Legal(NamedTuple):
             return False  # of a tensor, do
 
 
-def instance(wanted: type, words: str) -> Legal:
+def instance(wanted: type | UnionType, words: str) -> Legal:
     """Instances of a class."""
     return Legal(words, lambda value: isinstance(value, wanted))
 

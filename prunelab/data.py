@@ -36,7 +36,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
-from prunelab._checks import check, instance, integer, one_of, optional
+from prunelab._checks import Legal, check, instance, integer, one_of, optional
 from prunelab._files import cache_folder, write_atomically, writing_cache
 
 SPLIT_SEED = 20200401
@@ -237,7 +237,8 @@ def load(name: str, *, image_size: int | None = None) -> Data:
         ValueError: if the name is unknown, `image_size` is below 1, or the archive or the cached file is damaged.
         FileNotFoundError: if the data set is not in `PRUNELAB_DATA` and cannot be downloaded.
     """
-    check("name", name, instance(str, f"one of {', '.join(NAMES)}, or the path of an image folder or archive"))
+    legal = f"one of {', '.join(NAMES)}, or the path of an image folder or archive"
+    check("name", name, Legal(legal, lambda name: isinstance(name, str) and name))
     check("image_size", image_size, optional(integer(1)))
     kind = _KINDS.get(name, _Kind())
     if name in _DIGITS:

@@ -215,6 +215,7 @@ def run(
     Raises:
         ValueError, FileNotFoundError: before any work, if a data set or network is not to be had.
     """
+    check("experiments", experiments, Legal("a list of Experiments", lambda given: iter(given) is not None))
     check("jobs", jobs, optional(integer(1)))
     wanted = list(dict.fromkeys(experiments))
     for experiment in wanted:

@@ -24,7 +24,7 @@ Layers = dict[str, nn.Module]
 
 IMAGE = Legal(
     "three positive integers (channels, height, width)",
-    lambda shape: len(shape) == 3 and all(map(integer(1).accepts, shape)),
+    lambda shape: isinstance(shape, tuple | list) and len(shape) == 3 and all(map(integer(1).accepts, shape)),
 )
 
 

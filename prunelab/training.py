@@ -189,6 +189,7 @@ def fit(
     Raises ValueError for a batch larger than the training split or a net whose output does not match the classes, and
     FloatingPointError, naming the step and the recipe, for a loss that is not finite.
     """
+    check("net", net, NETWORK)
     check("data", data, instance(Data, "a Data"))
     check("recipe", recipe, instance(Recipe, "a Recipe"))
     check("seed", seed, integer(0))

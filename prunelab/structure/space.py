@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from prunelab import cost
 from prunelab import scores as criteria
-from prunelab._checks import FRACTION, one_of
+from prunelab._checks import FRACTION, Legal, check, instance, one_of
 from prunelab.structure.plan import Plan
 
 Scope = Literal["all", "conv"]
@@ -205,6 +205,8 @@ class Space(ABC):
         Raises:
             ValueError: the name is unknown, or the scores do not fit the groups.
         """
+        legal = Legal("a name, or a function of the space", lambda given: isinstance(given, str) or callable(given))
+        check("criterion", criterion, legal)
         return self._checked(criteria.named(criterion)(self) if isinstance(criterion, str) else criterion(self))
 
     def plan_for(
@@ -224,6 +226,8 @@ class Space(ABC):
                 group, an illegal share, scores that do not fit the groups.
         """
         scores = self._checked(scores)
+        legal = instance(Budget | Mapping | list | tuple, "a Budget, a mapping {group: share} or a list")
+        check("target", target, legal)
         if isinstance(target, Budget):
             widths = self._widths_within(target, scores, ranking)
         else:
@@ -232,6 +236,7 @@ class Space(ABC):
 
     def plan(self, keep: Mapping[str, Sequence[int]]) -> Plan:
         """Return the plan that keeps the given indices; groups not named stay whole."""
+        check("keep", keep, instance(Mapping, "a mapping {group: indices}"))
         self._known(keep)
         whole = {group.name: tuple(range(group.size)) for group in self.groups}
         return Plan(
@@ -334,6 +339,7 @@ class Space(ABC):
 
     def check(self, plan: Plan) -> None:
         """Raise ValueError unless the plan was made for a space like this one."""
+        check("plan", plan, instance(Plan, "a Plan"))
         if plan.space != self.kind or plan.sizes != self._sizes:
             ours = ", ".join(f"{name}: {size}" for name, size in self._sizes.items())
             raise ValueError(f"{plan} does not fit this network, which has {self.kind} {{{ours}}}")
@@ -417,6 +423,8 @@ class Space(ABC):
             raise ValueError(f"unknown groups {unknown}: this network has {', '.join(self._index)}")
 
     def _checked(self, scores: Scores) -> Scores:
+        of_tensors = "a mapping {group: tensor}"
+        check("scores", scores, Legal(of_tensors, lambda given: all(isinstance(s, Tensor) for s in given.values())))
         for group in self.groups:
             if group.name not in scores or scores[group.name].shape != (group.size,):
                 found = tuple(scores[group.name].shape) if group.name in scores else "nothing"
