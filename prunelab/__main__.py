@@ -136,6 +136,7 @@ def verify(
     notebook: Annotated[str | None, typer.Argument(metavar="[NN]", help="Only rows of this notebook.")] = None,
     sample: Annotated[int, typer.Option(min=1, help="How many rows to recompute.")] = 3,
     seed: Annotated[int, typer.Option(help="Which rows are drawn.")] = 0,
+    dataset: Annotated[str | None, typer.Option(help="Only rows of this data set.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Recompute every row, whatever the sample.")] = False,
 ) -> None:
     """Recompute some of the recorded rows, or all, and compare.
@@ -147,7 +148,7 @@ def verify(
     from prunelab.experiments import Experiment, Store, run
 
     known = Store().rows()
-    keys = set(known)
+    keys = {key for key, row in known.items() if dataset in (None, row["dataset"])}
     if notebook is not None:
         found = report.found(claims.load(notebook), known.values())
         keys &= {experiment.key for cells in found for experiment in cells.values()}
