@@ -47,7 +47,7 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
     def shown(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             function(*args, **kwargs)
-        except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        except (ValueError, OSError, ModuleNotFoundError) as error:
             errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(2) from error
 
@@ -144,8 +144,10 @@ def verify(
     notebook: Annotated[str | None, typer.Argument(metavar="[NN]", help="Only rows of this notebook.")] = None,
     sample: Annotated[int, typer.Option(min=1, help="How many rows to recompute.")] = 3,
     seed: Annotated[int, typer.Option(help="Which rows are drawn.")] = 0,
+    dataset: Annotated[str | None, typer.Option(help="Only rows of this data set.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Recompute every row, whatever the sample.")] = False,
 ) -> None:
-    """Recompute some of the recorded rows and compare.
+    """Recompute some of the recorded rows, or all, and compare.
 
     A new test accuracy may differ from the recorded one by half a point, or by two standard deviations over the
     recorded seeds of the same experiment if that is more.
@@ -154,11 +156,11 @@ def verify(
     from prunelab.experiments import Experiment, Store, run
 
     known = Store().rows()
-    keys = set(known)
+    keys = {key for key, row in known.items() if dataset in (None, row["dataset"])}
     if notebook is not None:
         found = report.found(claims.load(notebook), known.values())
         keys &= {experiment.key for cells in found for experiment in cells.values()}
-    chosen = random.Random(seed).sample(sorted(keys), min(sample, len(keys)))
+    chosen = sorted(keys) if every else random.Random(seed).sample(sorted(keys), min(sample, len(keys)))
     wanted = _at_hand([Experiment.of(known[key]) for key in chosen])
     if not wanted:
         raise ValueError(f"nothing to verify among {len(keys)} recorded rows")
@@ -176,6 +178,7 @@ def verify(
         verdict = "[green]same[/]" if passed else "[red]differs[/]"
         table.add_row(experiment.method, setting, str(experiment.seed), *numbers, verdict)
     console.print(table)
+    console.print(f"{len(wanted) - failed} of {len(wanted)} rows are the same, of {len(keys)} recorded")
     if failed:
         raise typer.Exit(1)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import platformdirs
@@ -21,9 +23,21 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp makes the file private; caches and results are meant to be shared
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a full disk names no file
         raise
+
+
+@contextmanager
+def writing_cache() -> Iterator[None]:
+    """Say in the error of a cache that cannot be written how to choose another folder for it."""
+    try:
+        yield
+    except OSError as error:
+        mend = "the cache cannot be written: name another folder in PRUNELAB_CACHE"
+        raise OSError(error.errno, f"{error.strerror}; {mend}", error.filename) from error
 
 
 def cache_folder() -> Path:

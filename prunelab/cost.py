@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
+from prunelab._checks import NETWORK, TENSOR, check, integer, one_of, optional
 from prunelab._modes import evaluating
 from prunelab.layers import ColumnConv2d
 
@@ -52,8 +53,7 @@ def macs(net: nn.Module, example: Tensor, scope: Scope = "all") -> int:
     Raises:
         ValueError: unknown scope, empty batch, or an example the network does not take.
     """
-    if scope not in get_args(Scope):
-        raise ValueError(f"unknown scope {scope!r}: choose one of {', '.join(get_args(Scope))}")
+    check("scope", scope, one_of(get_args(Scope)))
     counted = _COUNTED if scope == "all" else _CONVOLUTIONS
     return sum(call.macs for call in _calls(net, example) if isinstance(call.layer, counted))
 
@@ -121,9 +121,12 @@ def latencies(
     threads: int | None = None,
 ) -> dict[str, Latency]:
     """Time several networks as `latency` does, turn by turn, so that what else the machine does hits all alike."""
-    for name, value, least in (("repeats", repeats, 1), ("warmup", warmup, 0), ("threads", threads, 1)):
-        if value is not None and value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+    check("repeats", repeats, integer(1))
+    check("warmup", warmup, integer(0))
+    check("threads", threads, optional(integer(1)))
+    check("example", example, TENSOR)
+    for label, net in nets.items():
+        check(f"net {label!r}" if label else "net", net, NETWORK)
     with ExitStack() as stack:
         for net in nets.values():
             stack.enter_context(evaluating(net))
@@ -150,6 +153,8 @@ class _Call(NamedTuple):
 
 def _calls(net: nn.Module, example: Tensor) -> list[_Call]:
     """Run `net` on the meta device and note every call of a layer that holds parameters."""
+    check("net", net, NETWORK)
+    check("example", example, TENSOR)
     if example.ndim == 0 or len(example) == 0:
         raise ValueError(f"the example must hold at least one image, got shape {tuple(example.shape)}")
     calls: list[_Call] = []

@@ -36,7 +36,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
-from prunelab._files import cache_folder, write_atomically
+from prunelab._checks import Legal, check, instance, integer, one_of, optional
+from prunelab._files import cache_folder, write_atomically, writing_cache
 
 SPLIT_SEED = 20200401
 """Seed of every train/validation split: part of a data set's definition, never of an experiment."""
@@ -104,6 +105,7 @@ class Data:
 
     def normalise(self, images: Tensor) -> Tensor:
         """Return `(images / 255 - mean) / std` for `uint8 [N, C, H, W]` as `float32`, channels last in memory."""
+        check("images", images, instance(Tensor, "a tensor"))
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != len(self.mean):
             raise ValueError(
                 f"images must be uint8 [N, {len(self.mean)}, H, W], not {images.dtype} {list(images.shape)}"
@@ -135,11 +137,10 @@ class Data:
             ValueError: if the split is unknown, `batch_size` is below 1 or, in training, above the size of the split,
                 or the generator is not on the CPU.
         """
-        if split not in _SPLITS:
-            raise ValueError(f"unknown split {split!r}: choose one of {', '.join(_SPLITS)}")
+        check("split", split, one_of(_SPLITS))
+        check("batch_size", batch_size, integer(1))
+        check("generator", generator, optional(instance(torch.Generator, "a torch.Generator")))
         part: Split = getattr(self, split)
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         if generator is None:
             return self._plain(part, batch_size)
         if batch_size > len(part.labels):
@@ -236,8 +237,9 @@ def load(name: str, *, image_size: int | None = None) -> Data:
         ValueError: if the name is unknown, `image_size` is below 1, or the archive or the cached file is damaged.
         FileNotFoundError: if the data set is not in `PRUNELAB_DATA` and cannot be downloaded.
     """
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"image_size must be at least 1, not {image_size}")
+    legal = f"one of {', '.join(NAMES)}, or the path of an image folder or archive"
+    check("name", name, Legal(legal, lambda name: isinstance(name, str) and name))
+    check("image_size", image_size, optional(integer(1)))
     kind = _KINDS.get(name, _Kind())
     if name in _DIGITS:
         return _assemble(name, kind, _digits(_DIGITS[name], image_size))
@@ -250,7 +252,8 @@ def load(name: str, *, image_size: int | None = None) -> Data:
     if path.exists():
         return _read_cache(path, name, kind)
     data = _assemble(name, kind, source.decode(image_size))
-    _write_cache(path, data, source.digest)
+    with writing_cache():
+        _write_cache(path, data, source.digest)
     return data
 
 

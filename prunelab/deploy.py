@@ -20,6 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from tqdm.auto import tqdm
 
 from prunelab import cost, models
+from prunelab._checks import NETWORK, Legal, check, instance, integer, one_of
 from prunelab._files import write_atomically
 from prunelab.layers import ColumnConv2d
 from prunelab.structure import Plan, Space
@@ -95,7 +96,10 @@ def save(
     Raises:
         ValueError: the named dense network, cut by the plans, does not have these tensors.
     """
-    plans = [plans] if isinstance(plans, Plan) else list(plans)
+    plans = [plans] if isinstance(plans, Plan) else plans
+    check("net", net, NETWORK)
+    check("plans", plans, Legal("a Plan, or a list of them", lambda given: all(isinstance(p, Plan) for p in given)))
+    check("shape", shape, models.IMAGE)
     recipe = {
         "model": model,
         "arguments": arguments,
@@ -336,12 +340,13 @@ def report(
     Raises:
         ValueError: no network, a batch size below 1, an unknown runtime, or values that `cost.latency` refuses.
     """
+    check("nets", nets, instance(Mapping, "a mapping {label: network}"))
+    check("batches", batches, Legal("a list of integers >= 1", lambda given: all(map(integer(1).accepts, given))))
+    check("runtimes", runtimes, instance(list | tuple, f"some of {', '.join(map(repr, RUNTIMES))}"))
     if not nets:
         raise ValueError("nets is empty: give at least one network, {label: network}")
-    if unknown := [name for name in runtimes if name not in RUNTIMES]:
+    if unknown := [name for name in runtimes if not one_of(RUNTIMES).accepts(name)]:
         raise ValueError(f"unknown runtimes {unknown}: legal names are {', '.join(map(repr, RUNTIMES))}")
-    if any(batch < 1 for batch in batches):
-        raise ValueError(f"batches={list(batches)}: a batch has at least one image")
     first = next(iter(nets))
     sizes = {
         label: {"macs": cost.macs(net, example), "parameters": cost.parameters(net), "bytes": cost.size_bytes(net)}

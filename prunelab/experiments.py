@@ -32,7 +32,8 @@ from tqdm.auto import tqdm
 
 import prunelab
 from prunelab import cost, data, methods, models
-from prunelab._files import cache_folder, write_atomically
+from prunelab._checks import Legal, check, check_fields, instance, integer, one_of, optional
+from prunelab._files import cache_folder, write_atomically, writing_cache
 from prunelab.structure import Budget
 from prunelab.structure.space import Scope
 from prunelab.training import Context, Recipe, evaluate, fit, recalibrate
@@ -75,6 +76,13 @@ EFFORTS: dict[str, Effort] = {
 }
 
 
+PLAIN = str, int, float, type(None)  # what a key and a row can be made of
+PARAMETERS = Legal(
+    "(name, value) pairs, or a mapping, with values that are numbers, texts, True, False or None",
+    lambda pairs: all(isinstance(n, str) and isinstance(v, PLAIN) for n, v in dict(pairs).items()),
+)
+
+
 @dataclass(frozen=True)
 class Experiment:
     """One run: which network, pruned how far by what, with which effort and seed.
@@ -107,11 +115,10 @@ class Experiment:
     pretrained: str | None = None
 
     def __post_init__(self) -> None:
+        name = instance(str, "a name")
+        check_fields(self, "experiment", dataset=name, model=name, parameters=PARAMETERS, pretrained=optional(name))
         object.__setattr__(self, "parameters", tuple(sorted(dict(self.parameters).items())))
-        if self.effort not in EFFORTS:
-            raise ValueError(f"effort={self.effort!r}: legal values are {', '.join(map(repr, EFFORTS))}")
-        if not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed={self.seed!r}: a seed is an integer >= 0")
+        check_fields(self, "experiment", effort=one_of(EFFORTS), seed=integer(0))
         methods.build(self.method, **dict(self.parameters))
         Budget(self.macs, self.scope)
         object.__setattr__(self, "macs", float(self.macs))  # 1 and 1.0 are one experiment, with one key
@@ -174,7 +181,7 @@ class Store:
         """
         found: dict[str, Row] = {}
         for path in sorted(self.folder.glob("*.jsonl")):
-            for number, line in enumerate(path.read_text().splitlines(), 1):
+            for number, line in enumerate(path.read_bytes().splitlines(), 1):
                 try:
                     row = json.loads(line)
                     found[row["key"]] = row
@@ -208,6 +215,8 @@ def run(
     Raises:
         ValueError, FileNotFoundError: before any work, if a data set or network is not to be had.
     """
+    check("jobs", jobs, optional(integer(1)))
+    check("experiments", experiments, Legal("a list of Experiments", lambda given: iter(given) is not None))
     wanted, store = list(dict.fromkeys(experiments)), store or Store()
     lacking = missing(wanted, store)
     bases = untrained(lacking)
@@ -225,10 +234,13 @@ def missing(experiments: Iterable[Experiment], store: Store) -> list[Experiment]
     """Return the experiments that the store lacks, each once, after a check that they can be run.
 
     Raises:
-        ValueError, FileNotFoundError: a data set or network of theirs is not to be had.
+        ValueError, FileNotFoundError: a data set or network of theirs is not to be had, or one is no experiment.
     """
+    wanted = dict.fromkeys(experiments)
+    for experiment in wanted:
+        check("experiments: one of them", experiment, instance(Experiment, "an Experiment"))
     known = store.rows()
-    lacking = [experiment for experiment in dict.fromkeys(experiments) if experiment.key not in known]
+    lacking = [experiment for experiment in wanted if experiment.key not in known]
     for base in dict.fromkeys(e.base for e in lacking):
         _check(base)
     return lacking
@@ -313,18 +325,25 @@ def base_network(experiment: Experiment) -> nn.Module:
     images = _data(base.dataset)
     net = _untrained(base, images)
     path = _weights_path(base)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
-        if not path.exists():
-            with one_thread():
-                fit(net, images, EFFORTS[base.effort].dense, seed=base.seed, progress=False)
-            weights = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
-            write_atomically(path, save(weights))
+    if not path.exists():  # a file that is there is whole, and a cache that has it need not be writable
+        with writing_cache():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(path.with_suffix(".lock")):
+                _train(net, images, base, path)
     try:
         net.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it, and the network is trained again") from error
     return net.to(images.device).eval()
+
+
+def _train(net: nn.Module, images: data.Data, base: Experiment, path: Path) -> None:
+    """Train a dense network and write its weights, unless another process did so while this one waited."""
+    if not path.exists():
+        with one_thread():
+            fit(net, images, EFFORTS[base.effort].dense, seed=base.seed, progress=False)
+        weights = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
+        write_atomically(path, save(weights))
 
 
 def _untrained(base: Experiment, images: data.Data) -> nn.Module:

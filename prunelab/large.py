@@ -37,7 +37,7 @@ from torchvision.datasets import ImageFolder
 from tqdm.auto import tqdm
 
 from prunelab import deploy, models
-from prunelab._checks import is_count
+from prunelab._checks import check, integer
 from prunelab._files import write_atomically
 from prunelab._modes import evaluating
 from prunelab.imagenet import NOISE, RECIPES, derived_seed, open_split, training_batches, validation_batches
@@ -205,8 +205,7 @@ def _check(
 ) -> None:
     """Raise ValueError for data or settings that cannot work; `counts` has values with the least that is legal."""
     for name, (value, least) in counts.items():
-        if not is_count(value, least):
-            raise ValueError(f"{name} is {value!r}; it must be an integer >= {least}")
+        check(name, value, integer(least))
     if odd := sorted({*pictures.classes} ^ {*val.classes}):
         raise ValueError(f"{pictures.root} and {val.root} must have the same classes; in one only: {', '.join(odd)}")
     batch = f"recipe: batch_size is {recipe.batch_size}"

@@ -16,10 +16,16 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from prunelab._checks import POSITIVE, Legal, check, instance, integer, optional
 from prunelab.layers import ZeroPadChannels
 
 Shape = tuple[int, int, int]
 Layers = dict[str, nn.Module]
+
+IMAGE = Legal(
+    "three positive integers (channels, height, width)",
+    lambda shape: isinstance(shape, tuple | list) and len(shape) == 3 and all(map(integer(1).accepts, shape)),
+)
 
 
 class _Task(NamedTuple):
@@ -304,15 +310,14 @@ def build(
     Raises:
         ValueError: unknown name, or a number of classes, shape or width that the network cannot have.
     """
+    check("name", name, instance(str, f"one of {', '.join(NAMES)}, or a classification network of torchvision"))
     builder, torchvision_name = _BUILDERS.get(name), name.removeprefix("torchvision/")
     if builder is None and torchvision_name not in (known := torchvision.models.list_models(torchvision.models)):
         raise ValueError(f"unknown network {name!r}: choose one of {', '.join((*NAMES, *known))}")
-    if classes < 2:
-        raise ValueError(f"classes must be at least 2, got {classes}")
-    if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
-        raise ValueError(f"shape must be three positive integers (channels, height, width), got {shape}")
-    if not 0 < width < float("inf"):
-        raise ValueError(f"width must be positive, got {width}")
+    check("classes", classes, integer(2))
+    check("shape", shape, IMAGE)
+    check("seed", seed, optional(integer(0)))
+    check("width", width, POSITIVE)
     if builder is None:
         _check_torchvision(torchvision_name, shape, width)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, MutableMapping
 from typing import Any
 
+from prunelab._checks import FRACTION
+
 Legal = Callable[[Any], Any] | Collection[Any]
 
 INTERACTIVE = {"In", "Out", "exit", "quit", "open", "get_ipython"}  # what IPython itself puts beside the user's names
@@ -39,7 +41,7 @@ def parameters(namespace: MutableMapping[str, Any], **legal: Legal) -> None:
 
 def fraction(value: Any) -> bool:
     """A fraction in (0, 1]."""
-    return isinstance(value, int | float) and 0 < value <= 1
+    return FRACTION.accepts(value)
 
 
 def fractions(values: Any) -> bool:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from prunelab._checks import one_of
 from prunelab.structure.maps import mean_over_maps
 
 if TYPE_CHECKING:
@@ -118,6 +119,6 @@ def named(name: str) -> Criterion:
     Raises:
         ValueError: there is none; the legal names are listed.
     """
-    if name not in CRITERIA:
+    if not one_of(CRITERIA).accepts(name):
         raise ValueError(f"unknown criterion {name!r}: legal names are {', '.join(map(repr, CRITERIA))}")
     return CRITERIA[name]

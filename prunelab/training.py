@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ._checks import check_fields, is_count
+from ._checks import NETWORK, NOT_NEGATIVE, POSITIVE, Legal, check, check_fields, instance, integer, one_of, within
 from ._modes import evaluating
 from .data import Data
 
@@ -52,20 +51,27 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        edges = (0.0, *self.milestones, 1.0)
-        increasing = all(low < high for low, high in itertools.pairwise(edges))
         check_fields(
             self,
             "recipe",
-            ("epochs", "a finite number >= 0", 0 <= self.epochs < math.inf),
-            ("lr", "a finite number > 0", 0 < self.lr < math.inf),
-            ("schedule", f"one of {', '.join(get_args(Schedule))}", self.schedule in get_args(Schedule)),
-            ("batch_size", "an integer >= 1", is_count(self.batch_size, 1)),
-            ("momentum", "in [0, 1)", 0 <= self.momentum < 1),
-            ("nesterov", "False when momentum is 0", not (self.nesterov and self.momentum == 0)),
-            ("weight_decay", "a finite number >= 0", 0 <= self.weight_decay < math.inf),
-            ("milestones", "increasing fractions between 0 and 1", increasing),
+            epochs=NOT_NEGATIVE,
+            lr=POSITIVE,
+            schedule=one_of(get_args(Schedule)),
+            batch_size=integer(1),
+            momentum=within("[0, 1)"),
+            nesterov=Legal(
+                "True or False, and False when momentum is 0",
+                lambda nesterov: isinstance(nesterov, bool) and not (nesterov and self.momentum == 0),
+            ),
+            weight_decay=NOT_NEGATIVE,
+            milestones=Legal("increasing fractions between 0 and 1", _are_increasing),
         )
+
+
+def _are_increasing(milestones: Sequence[float]) -> bool:
+    return isinstance(milestones, tuple | list) and all(
+        low < high for low, high in itertools.pairwise((0.0, *milestones, 1.0))
+    )
 
 
 def learning_rate(recipe: Recipe, progress: float) -> float:
@@ -77,8 +83,8 @@ def learning_rate(recipe: Recipe, progress: float) -> float:
 
     Raises ValueError for a progress outside [0, 1].
     """
-    if not 0 <= progress <= 1:
-        raise ValueError(f"progress is {progress}; it must be in [0, 1]")
+    check("recipe", recipe, instance(Recipe, "a Recipe"))
+    check("progress", progress, within("[0, 1]"))
     if recipe.schedule == "one-cycle":
         return recipe.lr * min(progress / WARM_UP, (1 - progress) / (1 - WARM_UP))
     if recipe.schedule == "step":
@@ -183,6 +189,10 @@ def fit(
     Raises ValueError for a batch larger than the training split or a net whose output does not match the classes, and
     FloatingPointError, naming the step and the recipe, for a loss that is not finite.
     """
+    check("net", net, NETWORK)
+    check("data", data, instance(Data, "a Data"))
+    check("recipe", recipe, instance(Recipe, "a Recipe"))
+    check("seed", seed, integer(0))
     available = len(data.train.labels)
     if recipe.batch_size > available:
         raise ValueError(f"recipe: batch_size is {recipe.batch_size}; {data.name} has {available} training images")
@@ -247,6 +257,7 @@ def evaluate(
 
     The net moves to the data's device; the training mode of every module is kept.
     """
+    check("data", data, instance(Data, "a Data"))
     _place(net, data)  # outside inference mode, whose tensors could not be trained afterwards
     with evaluating(net), torch.inference_mode():
         right = torch.zeros((), dtype=torch.int64, device=data.device)
@@ -263,9 +274,11 @@ def recalibrate(net: nn.Module, data: Data, batches: int = 20, batch_size: int =
     Batch norm alone is in training mode (dropout is off); weights, momentum and modes stay as they are. A net without
     batch norm is left untouched. `batch_size` is at most the number of training images; `batches` >= 1.
     """
-    for name, value in (("batches", batches), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
+    check("net", net, NETWORK)
+    check("data", data, instance(Data, "a Data"))
+    check("batches", batches, integer(1))
+    check("batch_size", batch_size, integer(1))
+    check("seed", seed, integer(0))
     norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) and m.track_running_stats]
     if not norms:
         return
@@ -297,6 +310,7 @@ def _training_batches(data: Data, batch_size: int, seed: int) -> Iterator[tuple[
 
 def _place(net: nn.Module, data: Data) -> nn.Module:
     """Move the net to the data's device, 4-D parameters in the layout the images have."""
+    check("net", net, NETWORK)
     return net.to(data.device).to(memory_format=torch.channels_last)
 
 

@@ -270,7 +270,7 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match="none of the 2 channels varies over the samples"):
         choose(Reconstruction(torch.ones(1, 2), torch.arange(2), moments), 1, channels=2)
     for field, value in (("selection", "lars"), ("images", 0), ("positions", 2.5), ("ratios", {"conv1": 0.0})):
-        with pytest.raises(ValueError, match=f"channel-pruning: {field} is"):
+        with pytest.raises(ValueError, match=rf"channel-pruning: {field}(\['conv1'\])? is"):
             ChannelPruning(**{field: value})  # type: ignore[arg-type]
 
 

@@ -81,7 +81,7 @@ def test_another_setting_replaces_only_what_it_names(tmp_path: Path) -> None:
         ('method = "l1"', 'method = "l3"', r"unknown method 'l3'"),
         ("t = 4", "steps = 4", r"no parameter steps"),
         ("by_effort.smoke", "by_effort.tiny", r"arms\.a: by_effort is 'tiny'"),
-        ('effort = "smoke"', 'effort = "tiny"', r"effort='tiny'"),
+        ('effort = "smoke"', 'effort = "tiny"', r"effort is 'tiny'"),
         ("seeds = 2", "seed = 2", r"setting: unknown field seed"),
         ("headline = true }", "headline = true, page = 3 }", r"numbers: unknown field page"),
         ('controls = ["b"]\nheadline = true', 'controls = ["b"]', r"exactly one has headline"),

@@ -117,7 +117,10 @@ def test_verify_passes_a_true_row_and_fails_a_false_one(repository: Path) -> Non
     store = Store()
     true = compute(DENSE)
     store.add(true)
-    assert call("verify").exit_code == 0
+    assert "nothing to verify among 0 recorded rows" in call("verify", "--dataset", "cifar10").stderr
+    shown = call("verify", "--dataset", "digits", "--all")
+    assert shown.exit_code == 0
+    assert "1 of 1 rows are the same, of 1 recorded" in shown.stdout
     (path,) = store.folder.glob("*.jsonl")
     path.write_text(json.dumps(true | {"test_tuned": true["test_tuned"] - 1}) + "\n")
     shown = call("verify")

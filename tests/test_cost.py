@@ -222,12 +222,12 @@ def test_latency_restores_everything_when_the_network_fails() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda net, x: cost.macs(net, x, "linear"), "unknown scope 'linear': choose one of all, conv"),
+        (lambda net, x: cost.macs(net, x, "linear"), "scope is 'linear'; it must be one of 'all', 'conv'"),
         (lambda net, x: cost.macs(net, x[:0]), r"at least one image, got shape \(0, 3\)"),
         (lambda net, x: cost.breakdown(net, x[0, 0]), r"at least one image, got shape \(\)"),
-        (lambda net, x: cost.latency(net, x, repeats=0), "repeats must be at least 1, got 0"),
-        (lambda net, x: cost.latency(net, x, warmup=-1), "warmup must be at least 0, got -1"),
-        (lambda net, x: cost.latency(net, x, threads=0), "threads must be at least 1, got 0"),
+        (lambda net, x: cost.latency(net, x, repeats=0), "repeats is 0; it must be an integer >= 1"),
+        (lambda net, x: cost.latency(net, x, warmup=-1), "warmup is -1; it must be an integer >= 0"),
+        (lambda net, x: cost.latency(net, x, threads=0), "threads is 0; it must be an integer >= 1"),
     ],
 )
 def test_bad_input_is_named(call: Callable[[nn.Module, Tensor], object], message: str) -> None:

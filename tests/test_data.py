@@ -530,15 +530,15 @@ def test_unknown_name_lists_the_legal_ones(cache: Path) -> None:
 
 @pytest.mark.parametrize("size", [0, -3])
 def test_image_size_below_1_is_refused(size: int) -> None:
-    with pytest.raises(ValueError, match=f"image_size must be at least 1, not {size}"):
+    with pytest.raises(ValueError, match=f"image_size is {size}; it must be an integer >= 1"):
         load("digits", image_size=size)
 
 
 def test_bad_arguments_of_batches_are_refused_before_iteration() -> None:
     data = load("digits")
-    with pytest.raises(ValueError, match="unknown split 'validation': choose one of train, val, test"):
+    with pytest.raises(ValueError, match="split is 'validation'; it must be one of 'train', 'val', 'test'"):
         data.batches("validation", 10)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
+    with pytest.raises(ValueError, match="batch_size is 0; it must be an integer >= 1"):
         data.batches("train", 0)
     with pytest.raises(ValueError, match="batch_size must be at most 1077"):
         data.batches("train", 1078, torch.Generator())

@@ -371,9 +371,9 @@ def test_both_runtimes_are_timed() -> None:
     ("change", "message"),
     [
         ({"nets": {}}, "nets is empty: give at least one network"),
-        ({"batches": (4, 0)}, r"batches=\[4, 0\]: a batch has at least one image"),
+        ({"batches": (4, 0)}, r"batches is \(4, 0\); it must be a list of integers >= 1"),
         ({"runtimes": ("tensorrt",)}, r"unknown runtimes \['tensorrt'\]: legal names are 'torch', 'onnxruntime'"),
-        ({"repeats": 0}, "repeats must be at least 1"),
+        ({"repeats": 0}, "repeats is 0; it must be an integer >= 1"),
     ],
 )
 def test_bad_settings_of_a_report_are_named(change: dict[str, object], message: str) -> None:

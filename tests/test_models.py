@@ -234,12 +234,16 @@ def test_unknown_name_lists_the_legal_ones(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("convnet", {"classes": 1}, "classes must be at least 2, got 1"),
-        ("convnet", {"shape": (32, 32)}, r"three positive integers \(channels, height, width\), got \(32, 32\)"),
+        ("convnet", {"classes": 1}, "classes is 1; it must be an integer >= 2"),
+        (
+            "convnet",
+            {"shape": (32, 32)},
+            r"shape is \(32, 32\); it must be three positive integers \(channels, height, width\)",
+        ),
         ("convnet", {"shape": (3, 0, 32)}, "three positive integers"),
         ("convnet", {"shape": (3, 32.0, 32)}, "three positive integers"),
-        ("convnet", {"width": 0}, "width must be positive, got 0"),
-        ("convnet", {"width": math.nan}, "width must be positive, got nan"),
+        ("convnet", {"width": 0}, "width is 0; it must be a finite number > 0"),
+        ("convnet", {"width": math.nan}, "width is nan; it must be a finite number > 0"),
         ("resnet18", {"width": 0.5}, "resnet18 comes in width 1 only, got 0.5"),
         ("resnet18", {"shape": (1, 8, 8)}, r"resnet18 takes images of shape \(3, 1, 1\) or larger"),
         ("alexnet", {"shape": (3, 32, 64)}, r"alexnet takes images of shape \(3, 63, 63\) or larger"),

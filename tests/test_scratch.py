@@ -245,15 +245,15 @@ def test_fine_tuning_inherits_and_has_its_own_rate(trained: tuple[nn.Module, Con
 @pytest.mark.parametrize(
     ("method", "field", "value", "says"),
     [
-        ("scratch", "widths", "slim", "scratch: widths is 'slim'; legal values are 'uniform', 'scales', 'random'"),
-        ("scratch", "schedule", "C", "scratch: schedule is 'C'; it must be 'E' or 'B'"),
+        ("scratch", "widths", "slim", "scratch: widths is 'slim'; it must be one of 'uniform', 'scales', 'random'"),
+        ("scratch", "schedule", "C", "scratch: schedule is 'C'; it must be one of 'E', 'B'"),
         ("scratch", "cap", 0.5, "scratch: cap is 0.5; it must be a number >= 1"),
         ("scratch", "cap", math.nan, "scratch: cap is nan"),
-        ("scratch", "weights", "old", "scratch: weights is 'old'; it must be 'fresh' or 'initial'"),
+        ("scratch", "weights", "old", "scratch: weights is 'old'; it must be one of 'fresh', 'initial'"),
         ("scratch", "lr", 0.0, "scratch: lr is 0.0; it must be a finite number > 0, or None"),
         ("finetune", "widths", "slim", "finetune: widths is 'slim'"),
         ("finetune", "lr", 0.0, "lr is 0.0; it must be a finite number > 0"),
-        ("finetune", "schedule", "E", "schedule is 'E'; it must be one of one-cycle, step, constant"),
+        ("finetune", "schedule", "E", "schedule is 'E'; it must be one of 'one-cycle', 'step', 'constant'"),
     ],
 )
 def test_illegal_fields_are_named(method: str, field: str, value: Any, says: str) -> None:

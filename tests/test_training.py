@@ -490,5 +490,5 @@ def test_a_net_without_batch_norm_is_left_alone(digits: Data) -> None:
 
 @pytest.mark.parametrize("name", ["batches", "batch_size"])
 def test_recalibration_refuses_to_see_nothing(digits: Data, name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} is 0; it must be at least 1"):
+    with pytest.raises(ValueError, match=f"{name} is 0; it must be an integer >= 1"):
         recalibrate(small(), digits, **{name: 0})

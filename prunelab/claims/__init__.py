@@ -8,6 +8,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
+from prunelab._checks import FRACTION, Legal, check, integer, one_of, optional
 from prunelab.experiments import EFFORTS, Experiment
 from prunelab.methods import METHODS
 from prunelab.structure.space import Scope
@@ -156,6 +157,10 @@ class Paper:
         Raises:
             ValueError: a value is not legal; the legal ones are named.
         """
+        check("seeds", seeds, optional(integer(0)))
+        fractions = Legal("a list of fractions in (0, 1]", lambda given: all(map(FRACTION.accepts, given)))
+        check("effort", effort, optional(one_of(EFFORTS)))
+        check("macs", macs, optional(fractions))
         dataset, model = dataset or self.setting.dataset, model or self.setting.model
         effort = effort or self.setting.effort
         pretrained = pretrained or self.setting.pretrained

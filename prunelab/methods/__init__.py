@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 from typing import Any
 
+from prunelab._checks import one_of
 from prunelab.methods.base import Method, Pruned
 
 __all__ = ["METHODS", "Method", "Pruned", "build"]
@@ -28,7 +29,7 @@ def build(name: str, **parameters: Any) -> Method:
     Raises:
         ValueError: the method or a parameter is unknown, or a parameter's value illegal; the legal ones are listed.
     """
-    if name not in METHODS:
+    if not one_of(METHODS).accepts(name):
         raise ValueError(f"unknown method {name!r}: legal names are {', '.join(map(repr, METHODS))}")
     fields = getattr(METHODS[name], "__dataclass_fields__", {})
     unknown = sorted(set(parameters) - set(fields))

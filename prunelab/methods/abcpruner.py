@@ -19,7 +19,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from prunelab import scores as criteria
-from prunelab._checks import check_fields, is_count
+from prunelab._checks import FRACTION, Legal, check_fields, integer, one_of, real
 from prunelab.methods.base import Pruned
 from prunelab.structure import Budget, ChannelSpace, Plan
 from prunelab.structure.space import Scores
@@ -81,13 +81,15 @@ class ABCPruner:
         check_fields(
             self,
             self.name,
-            ("alpha", "one of 0.1, 0.2, ..., 1", self.alpha in [tenths / 10 for tenths in range(1, 11)]),
-            ("cycles", "an integer >= 0", is_count(self.cycles, 0)),
-            ("sources", "an integer >= 1, or >= 2 with cycles", is_count(self.sources, 2 if self.cycles else 1)),
-            ("limit", "an integer >= 0", is_count(self.limit, 0)),
-            ("changed", "an integer >= 1", is_count(self.changed, 1)),
-            ("inherit", " or ".join(map(repr, get_args(Inherit))), self.inherit in get_args(Inherit)),
-            ("share", "in (0, 1]", 0 < self.share <= 1),
+            alpha=real("one of 0.1, 0.2, ..., 1", [tenths / 10 for tenths in range(1, 11)].__contains__),
+            cycles=integer(0),
+            sources=Legal(
+                "an integer >= 1, or >= 2 with cycles", lambda count: integer(2 if self.cycles else 1).accepts(count)
+            ),
+            limit=integer(0),
+            changed=integer(1),
+            inherit=one_of(get_args(Inherit)),
+            share=FRACTION,
         )
 
     @property

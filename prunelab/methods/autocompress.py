@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm.auto import tqdm
 
-from prunelab._checks import check_fields, is_count
+from prunelab._checks import FLAG, FRACTION, POSITIVE, check_fields, integer, one_of, optional, real
 from prunelab.admm import ADMM, Projection
 from prunelab.data import Split
 from prunelab.masks import Masks
@@ -103,24 +103,23 @@ class AutoCompress:
         check_fields(
             self,
             self.name,
-            ("unit", f"one of {', '.join(map(repr, UNITS))}", self.unit in UNITS),
-            ("rounds", "an integer >= 1, or None", self.rounds is None or is_count(self.rounds, 1)),
-            ("evaluations", "an integer >= 0", is_count(self.evaluations, 0)),
-            ("stop_temperature", "a finite number > 0", 0 < self.stop_temperature < math.inf),
-            (
-                "start_temperature",
+            unit=one_of(UNITS),
+            rounds=optional(integer(1)),
+            evaluations=integer(0),
+            stop_temperature=POSITIVE,
+            start_temperature=real(
                 f"a finite number >= stop_temperature, {self.stop_temperature!r}",
-                self.stop_temperature <= self.start_temperature < math.inf,
+                lambda start: self.stop_temperature <= start < math.inf,
             ),
-            ("perturbation", "in (0, 1]", 0 < self.perturbation <= 1),
-            ("images", "an integer >= 1", is_count(self.images, 1)),
-            ("rho", "a finite number > 0", 0 < self.rho < math.inf),
-            ("growth", "a finite number >= 1", 1 <= self.growth < math.inf),
-            ("updates", "an integer >= 1", is_count(self.updates, 1)),
-            ("purification", "true or false", isinstance(self.purification, bool)),
-            ("epsilon", "a number >= 0", self.epsilon >= 0),
-            ("share", "in (0, 1]", 0 < self.share <= 1),
-            ("lr", "a finite number > 0", 0 < self.lr < math.inf),
+            perturbation=FRACTION,
+            images=integer(1),
+            rho=POSITIVE,
+            growth=real("a finite number >= 1", lambda growth: 1 <= growth < math.inf),
+            updates=integer(1),
+            purification=FLAG,
+            epsilon=real("a number >= 0", lambda epsilon: epsilon >= 0),
+            share=FRACTION,
+            lr=POSITIVE,
         )
 
     def __call__(self, net: nn.Module, budget: Budget, context: Context) -> Pruned:

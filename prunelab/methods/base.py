@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from prunelab._checks import check, one_of
 from prunelab.structure import BlockSpace, Budget, ChannelSpace, ColumnSpace, Plan, RowColumnSpace, Space
 from prunelab.training import Context, Recipe
 
@@ -55,6 +56,5 @@ def space_of(unit: str, net: nn.Module, example: Tensor) -> Space:
     Raises:
         ValueError: the unit is unknown; the legal ones are listed.
     """
-    if unit not in SPACES:
-        raise ValueError(f"unit={unit!r}: legal values are {', '.join(map(repr, SPACES))}")
+    check("unit", unit, one_of(SPACES))
     return SPACES[unit](net, example)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from prunelab._checks import check_fields, is_count
+from prunelab._checks import FLAG, POSITIVE, check_fields, check_shares, integer, one_of
 from prunelab.layerwise import LayerByLayer, readers_of, streams
 from prunelab.methods.base import Pruned
 from prunelab.reconstruction import Reconstruction, lasso
@@ -72,11 +72,13 @@ class ChannelPruning:
         check_fields(
             self,
             self.name,
-            ("selection", " or ".join(map(repr, get_args(Selection))), self.selection in get_args(Selection)),
-            ("images", "an integer >= 1", is_count(self.images, 1)),
-            ("positions", "an integer >= 1", is_count(self.positions, 1)),
-            ("ratios", "positive", all(ratio > 0 for ratio in (self.ratios or {}).values())),
+            selection=one_of(get_args(Selection)),
+            reconstruct=FLAG,
+            accumulated=FLAG,
+            images=integer(1),
+            positions=integer(1),
         )
+        check_shares("channel-pruning: ratios", self.ratios, POSITIVE)
 
     def __call__(self, net: nn.Module, budget: Budget, context: Context) -> Pruned:
         """Prune a copy of the network."""

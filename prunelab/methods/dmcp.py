@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from prunelab import scores as criteria
-from prunelab._checks import check_fields
+from prunelab._checks import NOT_NEGATIVE, POSITIVE, check_fields, one_of, real, within
 from prunelab.methods.base import Pruned
 from prunelab.models import reinitialise
 from prunelab.structure import Budget, ChannelSpace, Plan
@@ -96,14 +96,14 @@ class DMCP:
         check_fields(
             self,
             self.name,
-            ("penalty", "a finite number >= 0", 0 <= self.penalty < math.inf),
-            ("lr", "a finite number > 0", 0 < self.lr < math.inf),
-            ("alpha", "a finite number", math.isfinite(self.alpha)),
-            ("step", "in (0, 1)", 0 < self.step < 1),
-            ("least", "in [0, 1 - step]", 0 <= self.least <= 1 - self.step),
-            ("warmup", "in [0, 1)", 0 <= self.warmup < 1),
-            ("sampling", " or ".join(map(repr, get_args(Sampling))), self.sampling in get_args(Sampling)),
-            ("share", "a finite number > 0", 0 < self.share < math.inf),
+            penalty=NOT_NEGATIVE,
+            lr=POSITIVE,
+            alpha=real("a finite number", math.isfinite),
+            step=within("(0, 1)"),
+            least=real("in [0, 1 - step]", lambda least: 0 <= least <= 1 - self.step),
+            warmup=within("[0, 1)"),
+            sampling=one_of(get_args(Sampling)),
+            share=POSITIVE,
         )
 
     def __call__(self, net: nn.Module, budget: Budget, context: Context) -> Pruned:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunelab._checks import check_fields, is_count
+from prunelab._checks import FRACTION, check_fields, integer, one_of
 from prunelab._modes import evaluating
 from prunelab.data import Data
 from prunelab.methods.base import Pruned
@@ -89,11 +89,11 @@ class DropNet:
         check_fields(
             self,
             self.name,
-            ("metric", " or ".join(map(repr, get_args(Metric))), self.metric in get_args(Metric)),
-            ("p", "in (0, 1]", 0 < self.p <= 1),
-            ("j", "in (0, 1]", 0 < self.j <= 1),
-            ("patience", "an integer >= 1", is_count(self.patience, 1)),
-            ("weights", " or ".join(map(repr, get_args(Weights))), self.weights in get_args(Weights)),
+            metric=one_of(get_args(Metric)),
+            p=FRACTION,
+            j=FRACTION,
+            patience=integer(1),
+            weights=one_of(get_args(Weights)),
         )
 
     def __call__(self, net: nn.Module, budget: Budget, context: Context) -> Pruned:

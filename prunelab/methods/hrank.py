@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from prunelab import scores as criteria
-from prunelab._checks import check_fields, is_count
+from prunelab._checks import POSITIVE, check_fields, check_shares, integer, one_of, within
 from prunelab.masks import Masks
 from prunelab.methods.base import Pruned
 from prunelab.structure import Budget, ChannelSpace, Plan
@@ -67,14 +66,12 @@ class HRank:
         check_fields(
             self,
             self.name,
-            ("g", "an integer >= 1", is_count(self.g, 1)),
-            ("selection", f"one of {', '.join(map(repr, get_args(Selection)))}", self.selection in get_args(Selection)),
-            ("share", "in [0, 1]", 0 <= self.share <= 1),
-            ("lr", "a finite number > 0", 0 < self.lr < math.inf),
+            g=integer(1),
+            selection=one_of(get_args(Selection)),
+            share=within("[0, 1]"),
+            lr=POSITIVE,
         )
-        for group, rate in (self.rates or {}).items():
-            if not 0 <= rate < 1:
-                raise ValueError(f"hrank: rates[{group!r}] is {rate!r}; a fraction to remove must be in [0, 1)")
+        check_shares("hrank: rates", self.rates, within("[0, 1)"))
 
     def __call__(self, net: nn.Module, budget: Budget, context: Context) -> Pruned:
         """Prune a copy of the network, layer by layer."""

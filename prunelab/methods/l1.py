@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from prunelab import scores as criteria
+from prunelab._checks import check_shares, one_of, within
 from prunelab.data import Data
 from prunelab.methods.base import SPACES, Pruned, space_of
 from prunelab.structure import Budget, ChannelSpace, Plan, Space
@@ -57,12 +58,10 @@ class L1:
             ("selection", get_args(Selection)),
             ("order", get_args(Order) if self.unit == "filters" else ("independent",)),
         ):
-            if getattr(self, field) not in legal:
+            if not one_of(legal).accepts(getattr(self, field)):
                 names = ", ".join(map(repr, legal))
                 raise ValueError(f"l1: {field} is {getattr(self, field)!r}; legal with unit={self.unit!r}: {names}")
-        for group, ratio in (self.ratios or {}).items():
-            if not 0 <= ratio < 1:
-                raise ValueError(f"l1: ratios[{group!r}] is {ratio!r}; a fraction to remove must be in [0, 1)")
+        check_shares("l1: ratios", self.ratios, within("[0, 1)"))
 
     def __call__(self, net: nn.Module, budget: Budget, context: Context) -> Pruned:
         """Prune in one shot."""

@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import nn
 
 from prunelab import scores
+from prunelab._checks import check_fields, one_of
 from prunelab.methods.base import SPACES, Pruned, space_of
 from prunelab.structure import Budget
 from prunelab.training import Context
@@ -28,8 +29,7 @@ class Random:
 
     def __post_init__(self) -> None:
         """Check the unit."""
-        if self.unit not in SPACES:
-            raise ValueError(f"random: unit is {self.unit!r}; legal values are {', '.join(map(repr, SPACES))}")
+        check_fields(self, self.name, unit=one_of(SPACES))
 
     def __call__(self, net: nn.Module, budget: Budget, context: Context) -> Pruned:
         """Prune in one shot, without training."""

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from prunelab import scores as criteria
-from prunelab._checks import check_fields
+from prunelab._checks import POSITIVE, check_fields, one_of, optional, real
 from prunelab.methods.base import Pruned
 from prunelab.models import reinitialise
 from prunelab.structure import Budget, ChannelSpace, Plan
@@ -61,14 +61,14 @@ class Scratch:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        _check_widths(self.name, self.widths)
         check_fields(
             self,
             self.name,
-            ("schedule", " or ".join(map(repr, get_args(Length))), self.schedule in get_args(Length)),
-            ("cap", "a number >= 1", self.cap >= 1),
-            ("weights", " or ".join(map(repr, get_args(Weights))), self.weights in get_args(Weights)),
-            ("lr", "a finite number > 0, or None", self.lr is None or 0 < self.lr < math.inf),
+            widths=one_of(get_args(Widths)),
+            schedule=one_of(get_args(Length)),
+            cap=real("a number >= 1", lambda cap: cap >= 1),
+            weights=one_of(get_args(Weights)),
+            lr=optional(POSITIVE),
         )
 
     def __call__(self, net: nn.Module, budget: Budget, context: Context) -> Pruned:
@@ -114,8 +114,7 @@ class FineTune:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        _check_widths(self.name, self.widths)
-        Recipe(0, self.lr, self.schedule)
+        check_fields(self, self.name, widths=one_of(get_args(Widths)), lr=POSITIVE, schedule=one_of(get_args(Schedule)))
 
     def __call__(self, net: nn.Module, budget: Budget, context: Context) -> Pruned:
         """Cut, keep the weights, and say how to train."""
@@ -138,8 +137,3 @@ def plan_of(space: ChannelSpace, widths: Widths, budget: Budget, seed: int) -> P
         scores = criteria.proportional(dict(zip(scores, shares.tolist(), strict=True)), scores)
     whole = {name: torch.full_like(score, torch.inf) for name, score in scores.items() if space.is_sum(name)}
     return space.plan_for({**scores, **whole}, budget, "layer" if widths == "uniform" else "global")
-
-
-def _check_widths(method: str, widths: str) -> None:
-    if widths not in get_args(Widths):
-        raise ValueError(f"{method}: widths is {widths!r}; legal values are {', '.join(map(repr, get_args(Widths)))}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 from collections import OrderedDict
 from dataclasses import dataclass
 from fractions import Fraction
@@ -17,7 +16,7 @@ from typing import Any, ClassVar, get_args
 import torch
 from torch import Tensor, nn
 
-from prunelab._checks import check_fields, is_count
+from prunelab._checks import FRACTION, NOT_NEGATIVE, POSITIVE, check_fields, integer, one_of
 from prunelab.layers import ChannelSelection
 from prunelab.methods.base import Pruned
 from prunelab.structure import Budget, ChannelSpace, Plan
@@ -73,12 +72,12 @@ class Slimming:
         check_fields(
             self,
             self.name,
-            ("penalty", "a finite number >= 0", 0 <= self.penalty < math.inf),
-            ("share", "in (0, 1]", 0 < self.share <= 1),
-            ("lr", "a finite number > 0", 0 < self.lr < math.inf),
-            ("passes", "an integer >= 1", is_count(self.passes, 1)),
-            ("cap", "in (0, 1]", 0 < self.cap <= 1),
-            ("ranking", " or ".join(map(repr, get_args(Ranking))), self.ranking in get_args(Ranking)),
+            penalty=NOT_NEGATIVE,
+            share=FRACTION,
+            lr=POSITIVE,
+            passes=integer(1),
+            cap=FRACTION,
+            ranking=one_of(get_args(Ranking)),
         )
 
     def __call__(self, net: nn.Module, budget: Budget, context: Context) -> Pruned:

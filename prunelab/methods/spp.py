@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from prunelab import scores
-from prunelab._checks import check_fields, is_count
+from prunelab._checks import FLAG, FRACTION, POSITIVE, check_fields, integer, one_of, within
 from prunelab.methods.base import Pruned, space_of
 from prunelab.structure import Budget, Space
 from prunelab.structure.space import open_ended
@@ -124,14 +124,15 @@ class SPP:
         check_fields(
             self,
             self.name,
-            ("A", "in (0, 1]", 0 < self.A <= 1),
-            ("u", "in (0, 1)", 0 < self.u < 1),
-            ("t", "an integer >= 1", is_count(self.t, 1)),
-            ("unit", "'columns' or 'filters'", self.unit in ("columns", "filters")),
-            ("margin", "in [0, 1)", 0 <= self.margin < 1),
-            ("averaging", "in [0, 1)", 0 <= self.averaging < 1),
-            ("share", "in (0, 1]", 0 < self.share <= 1),
-            ("lr", "> 0", self.lr > 0),
+            A=FRACTION,
+            u=within("(0, 1)"),
+            t=integer(1),
+            unit=one_of(("columns", "filters")),
+            recovery=FLAG,
+            margin=within("[0, 1)"),
+            averaging=within("[0, 1)"),
+            share=FRACTION,
+            lr=POSITIVE,
         )
 
     def __call__(self, net: nn.Module, budget: Budget, context: Context) -> Pruned:

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from prunelab._checks import check_fields
+from prunelab._checks import FRACTION, NOT_NEGATIVE, POSITIVE, Legal, check_fields, one_of, optional
 from prunelab.methods.base import Pruned, space_of
 from prunelab.structure import BlockSpace, Budget, Plan, RowColumnSpace, Space
 from prunelab.structure.space import Ranking
@@ -90,27 +90,25 @@ class SSL:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        numbers = self.multipliers if isinstance(self.multipliers, Mapping) else None
         check_fields(
             self,
             self.name,
-            ("lambda_g", "a finite number >= 0, or None", self.lambda_g is None or 0 <= self.lambda_g < math.inf),
-            ("unit", f"one of {', '.join(map(repr, UNITS))}", self.unit in UNITS),
-            ("update", f"one of {', '.join(map(repr, get_args(Update)))}", self.update in get_args(Update)),
-            ("ranking", f"one of {', '.join(map(repr, get_args(Ranking)))}", self.ranking in get_args(Ranking)),
-            (
-                "multipliers",
+            lambda_g=optional(NOT_NEGATIVE),
+            unit=one_of(UNITS),
+            update=one_of(get_args(Update)),
+            ranking=one_of(get_args(Ranking)),
+            multipliers=Legal(
                 "None, 'sqrt', or {structure of the unit: {layer: a finite number >= 0}}",
-                self.multipliers in (None, "sqrt")
-                or (
-                    numbers is not None
-                    and set(numbers) <= set(UNITS.get(self.unit, ("", ()))[1])
-                    and all(0 <= m < math.inf for layers in numbers.values() for m in layers.values())
-                ),
+                lambda given: given is None or given == "sqrt" or self._are_multipliers(given),
             ),
-            ("share", "in (0, 1]", 0 < self.share <= 1),
-            ("lr", "a finite number > 0", 0 < self.lr < math.inf),
+            share=FRACTION,
+            lr=POSITIVE,
         )
+
+    def _are_multipliers(self, given: Mapping[str, Mapping[str, float]]) -> bool:
+        """Whether numbers are given for structures of the unit."""
+        numbers = [number for layers in given.values() for number in layers.values()]
+        return given.keys() <= set(UNITS[self.unit][1]) and all(map(NOT_NEGATIVE.accepts, numbers))
 
     def __call__(self, net: nn.Module, budget: Budget, context: Context) -> Pruned:
         """Train a copy of the network with the penalty, and cut it."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from prunelab._checks import check_fields, is_count
+from prunelab._checks import FRACTION, NOT_NEGATIVE, POSITIVE, check_fields, integer
 from prunelab.masks import Masks
 from prunelab.methods.base import Pruned
 from prunelab.structure import Budget, ChannelSpace, Plan
@@ -50,10 +49,10 @@ class Taylor:
         check_fields(
             self,
             self.name,
-            ("flops_regularisation", "a finite number >= 0", 0 <= self.flops_regularisation < math.inf),
-            ("updates", "an integer >= 1", is_count(self.updates, 1)),
-            ("share", "in (0, 1]", 0 < self.share <= 1),
-            ("lr", "a finite number > 0", 0 < self.lr < math.inf),
+            flops_regularisation=NOT_NEGATIVE,
+            updates=integer(1),
+            share=FRACTION,
+            lr=POSITIVE,
         )
 
     def __call__(self, net: nn.Module, budget: Budget, context: Context) -> Pruned:

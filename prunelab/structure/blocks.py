@@ -42,6 +42,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from prunelab import cost
+from prunelab._checks import NETWORK, TENSOR, check
 from prunelab._modes import evaluating, modes_kept
 from prunelab.layers import AddConstant
 from prunelab.structure.graph import Channels, Labeller
@@ -119,6 +120,8 @@ class BlockSpace(Space):
     kind = "blocks"
 
     def __init__(self, net: nn.Module, example: Tensor) -> None:
+        check("net", net, NETWORK)
+        check("example", example, TENSOR)
         self.example = example
         with modes_kept(net):
             search = _Search(net, example)

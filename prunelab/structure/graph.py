@@ -29,6 +29,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx, nn
 
+from prunelab._checks import NETWORK, TENSOR, check
 from prunelab._modes import modes_kept
 from prunelab.layers import AddConstant, ChannelSelection, ZeroPadChannels
 from prunelab.structure.tracing import UntraceableError, operation, trace
@@ -130,6 +131,8 @@ def couple(net: nn.Module, example: Tensor) -> Coupling:
         UntraceableError: the forward depends on values, or a module or operation is not known to be safe; it is named.
         ValueError: the network does not accept an input of the example's shape.
     """
+    check("net", net, NETWORK)
+    check("example", example, TENSOR)
     if example.dim() < 2:
         raise ValueError(f"the example must be a batch of images, float [N, C, H, W], got shape {tuple(example.shape)}")
     root = copy.copy(net)  # where torch.fx puts the constants that it meets

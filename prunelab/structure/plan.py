@@ -10,6 +10,7 @@ from functools import cached_property
 from operator import index
 from pathlib import Path
 
+from prunelab._checks import Legal, check, check_fields, instance, integer
 from prunelab._files import write_atomically
 
 
@@ -29,14 +30,16 @@ class Plan:
     keep: Mapping[str, tuple[int, ...]]
 
     def __post_init__(self) -> None:
+        groups = instance(Mapping, "a mapping with an entry for every group")
+        check_fields(self, "plan", space=instance(str, "the name of a space"), sizes=groups, keep=groups)
         if set(self.sizes) != set(self.keep):
-            odd = sorted(set(self.sizes) ^ set(self.keep))
-            raise ValueError(f"a plan keeps units of every group it has a size for: {odd} appear on one side only")
+            odd = sorted(set(self.sizes) ^ set(self.keep), key=str)
+            raise ValueError(f"plan: sizes and keep must have the same groups: {odd} appear on one side only")
         for name, size in self.sizes.items():
+            check(f"plan, group {name!r}: size", size, integer(1))
             kept = self.keep[name]
-            if (not kept and size > 1) or list(kept) != sorted(set(kept).intersection(range(size))):
-                legal = f"kept indices must be sorted, distinct, at least one, in [0, {size})"
-                raise ValueError(f"plan, group {name!r}: {legal}; got {kept}")
+            if not _units_of(size).accepts(kept):
+                raise ValueError(f"plan, group {name!r}: {_units_of(size).words}; got {kept}")
 
     @cached_property
     def widths(self) -> dict[str, int]:
@@ -67,3 +70,11 @@ class Plan:
         """Show the widths, not the indices."""
         widths = ", ".join(f"{name}: {len(kept)}/{self.sizes[name]}" for name, kept in self.keep.items())
         return f"Plan({self.space}; {widths})"
+
+
+def _units_of(size: int) -> Legal:
+    """What a plan may keep of a group: sorted indices, and some where there are several."""
+    return Legal(
+        f"kept indices must be sorted, distinct, at least one, in [0, {size})",
+        lambda kept: list(kept) == sorted(set(kept).intersection(range(size))) and (kept or size == 1),
+    )

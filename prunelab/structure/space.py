@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from prunelab import cost
 from prunelab import scores as criteria
+from prunelab._checks import FRACTION, Legal, check, instance, one_of
 from prunelab.structure.plan import Plan
 
 Scope = Literal["all", "conv"]
@@ -66,9 +67,9 @@ class Budget:
         given = {name: getattr(self, name) for name in _COSTS if getattr(self, name) is not None}
         if len(given) != 1:
             raise ValueError(f"a budget is one of {', '.join(_COSTS)}: got {given or 'none'}")
-        if not 0 < self.fraction <= 1:
+        if not FRACTION.accepts(self.fraction):
             what = _COSTS[self.cost]
-            raise ValueError(f"budget {self.cost}={self.fraction}: the fraction of {what} to keep must be in (0, 1]")
+            raise ValueError(f"budget {self.cost}={self.fraction!r}: the fraction of {what} to keep must be in (0, 1]")
         check_scope(self.scope)
         if self.macs is None and self.scope != "all":
             raise ValueError(f"scope={self.scope!r} says which MACs are counted: the budget is of {self.cost}")
@@ -100,7 +101,7 @@ _COSTS = {"macs": "MACs", "parameters": "parameters", "latency": "latency"}
 
 def check_scope(scope: str) -> None:
     """Raise ValueError unless `scope` is one that costs are counted in."""
-    if scope not in get_args(Scope):
+    if not one_of(get_args(Scope)).accepts(scope):
         raise ValueError(f"scope={scope!r}: legal values are {', '.join(map(repr, get_args(Scope)))}")
 
 
@@ -112,11 +113,11 @@ def kept_count(size: int, share: Share) -> int:
     Raises:
         ValueError: a fraction outside (0, 1], or a count outside [1, size].
     """
-    if isinstance(share, Integral):
+    if isinstance(share, Integral) and not isinstance(share, bool):
         if not 1 <= share <= size:
             raise ValueError(f"share {share}: a group of {size} keeps between 1 and {size} units")
         return int(share)
-    if not 0 < share <= 1:
+    if not FRACTION.accepts(share):
         raise ValueError(f"share {share}: a kept fraction must be in (0, 1]; a kept count must be an int")
     return max(1, int(size * Fraction(str(share))))
 
@@ -204,6 +205,8 @@ class Space(ABC):
         Raises:
             ValueError: the name is unknown, or the scores do not fit the groups.
         """
+        legal = Legal("a name, or a function of the space", lambda given: isinstance(given, str) or callable(given))
+        check("criterion", criterion, legal)
         return self._checked(criteria.named(criterion)(self) if isinstance(criterion, str) else criterion(self))
 
     def plan_for(
@@ -223,6 +226,8 @@ class Space(ABC):
                 group, an illegal share, scores that do not fit the groups.
         """
         scores = self._checked(scores)
+        legal = instance(Budget | Mapping | list | tuple, "a Budget, a mapping {group: share} or a list")
+        check("target", target, legal)
         if isinstance(target, Budget):
             widths = self._widths_within(target, scores, ranking)
         else:
@@ -231,6 +236,7 @@ class Space(ABC):
 
     def plan(self, keep: Mapping[str, Sequence[int]]) -> Plan:
         """Return the plan that keeps the given indices; groups not named stay whole."""
+        check("keep", keep, instance(Mapping, "a mapping {group: indices}"))
         self._known(keep)
         whole = {group.name: tuple(range(group.size)) for group in self.groups}
         return Plan(
@@ -333,6 +339,7 @@ class Space(ABC):
 
     def check(self, plan: Plan) -> None:
         """Raise ValueError unless the plan was made for a space like this one."""
+        check("plan", plan, instance(Plan, "a Plan"))
         if plan.space != self.kind or plan.sizes != self._sizes:
             ours = ", ".join(f"{name}: {size}" for name, size in self._sizes.items())
             raise ValueError(f"{plan} does not fit this network, which has {self.kind} {{{ours}}}")
@@ -416,6 +423,8 @@ class Space(ABC):
             raise ValueError(f"unknown groups {unknown}: this network has {', '.join(self._index)}")
 
     def _checked(self, scores: Scores) -> Scores:
+        of_tensors = "a mapping {group: tensor}"
+        check("scores", scores, Legal(of_tensors, lambda given: all(isinstance(s, Tensor) for s in given.values())))
         for group in self.groups:
             if group.name not in scores or scores[group.name].shape != (group.size,):
                 found = tuple(scores[group.name].shape) if group.name in scores else "nothing"
@@ -482,7 +491,7 @@ class Space(ABC):
         return times["cut"].median / times["dense"].median
 
     def _priority(self, scores: Scores, ranking: Ranking) -> NDArray[np.float64]:
-        if ranking not in get_args(Ranking):
+        if not one_of(get_args(Ranking)).accepts(ranking):
             raise ValueError(f"ranking={ranking!r}: legal values are {', '.join(map(repr, get_args(Ranking)))}")
         parts = []
         for group in self.groups:
