@@ -25,7 +25,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
         os.replace(temporary, path)
     except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.errno is not None:
             error.filename = str(path)  # a full disk names no file
         raise
 
@@ -36,6 +36,8 @@ def writing_cache() -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno is None:  # not the file system's
+            raise
         mend = "the cache cannot be written: name another folder in PRUNELAB_CACHE"
         raise OSError(error.errno, f"{error.strerror}; {mend}", error.filename) from error
 
