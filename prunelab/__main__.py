@@ -1,4 +1,4 @@
-"""The command line: list, run, report, verify, doctor."""
+"""The command line: list, run, report, verify, zoo, doctor."""
 
 from __future__ import annotations
 
@@ -181,6 +181,22 @@ def verify(
     console.print(f"{len(wanted) - failed} of {len(wanted)} rows are the same, of {len(keys)} recorded")
     if failed:
         raise typer.Exit(1)
+
+
+@app.command("zoo")
+@command
+def zoo_() -> None:
+    """Write the networks that zoo/ lacks, each by running its recorded experiment again; hours for all of them."""
+    from tqdm import tqdm
+
+    from prunelab import zoo
+
+    lacking = [experiment for experiment in zoo.entries() if not zoo.path(experiment).exists()]
+    for experiment in tqdm(_at_hand(lacking), desc="zoo", unit="network", leave=False):
+        zoo.keep(experiment)
+    found = [path for experiment in zoo.entries() if (path := zoo.path(experiment)).exists()]
+    size = sum(path.stat().st_size for path in found)
+    console.print(f"{len(found)} of {len(zoo.entries())} networks, {size / 1e6:.1f} MB, in {zoo.FOLDER}")
 
 
 @app.command()

@@ -275,10 +275,16 @@ def _side_by_side(function: Callable[[Experiment], T], experiments: Sequence[Exp
 
 def compute(experiment: Experiment) -> Row:
     """Run one experiment and return its row; the test split is read once, at the end."""
+    row, _ = carry_out(experiment)
+    return row
+
+
+def carry_out(experiment: Experiment) -> tuple[Row, methods.Pruned]:
+    """Run one experiment; return its row, and what the method returned with the network tuned."""
     began = time.process_time()  # unlike the clock on the wall, the same however busy the machine is
     row: Row = {"key": experiment.key, **experiment.settings, "parameters": dict(experiment.parameters)}
     with one_thread():
-        dense, images = base_network(experiment), _data(experiment.dataset)
+        dense, images = base_network(experiment), loaded(experiment.dataset)
         effort = EFFORTS[experiment.effort]
         context = Context(
             images,
@@ -306,7 +312,7 @@ def compute(experiment: Experiment) -> Row:
         row[f"{prefix}parameter_count"] = cost.parameters(net)
     row |= {"epochs_pruning": pruned.epochs, "epochs": pruned.epochs + tuned.epochs}
     row |= {"widths": pruned.plan.widths, "seconds": round(time.process_time() - began, 1)}
-    return row | _provenance(images)
+    return row | _provenance(images), pruned
 
 
 def _recalibrate(net: nn.Module, images: data.Data, seed: int) -> None:
@@ -322,7 +328,7 @@ def base_network(experiment: Experiment) -> nn.Module:
         ValueError: the cached weights are damaged; the file is named.
     """
     base = experiment.base
-    images = _data(base.dataset)
+    images = loaded(base.dataset)
     net = _untrained(base, images)
     path = _weights_path(base)
     if not path.exists():  # a file that is there is whole, and a cache that has it need not be writable
@@ -358,13 +364,14 @@ def _drawn(base: Experiment, images: data.Data) -> nn.Module:
 
 def _weights_path(base: Experiment) -> Path:
     """Name the file after the images too: under one data set's name there may be others, such as re-encoded ones."""
-    images = _data(base.dataset).digest[:8]
+    images = loaded(base.dataset).digest[:8]
     name = f"{base.dataset}-{images}-{base.model}-{base.effort}-{base.seed}-{base.key}.safetensors"
     return cache_folder() / "weights" / name.replace(os.sep, "_")
 
 
 @cache
-def _data(name: str) -> data.Data:
+def loaded(name: str) -> data.Data:
+    """Return a data set where experiments have it: on the GPU, if there is one."""
     return data.load(name).to("cuda" if torch.cuda.is_available() else "cpu")
 
 
