@@ -189,12 +189,13 @@ class _Kind:
     dataset: str = ""  # torchvision's class, and the folder it keeps its files in
     folder: str = ""
     image_size: int | None = None
+    digits: range | None = None  # which of scikit-learn's
 
 
 _KINDS = {
-    "digits": _Kind(channels=1, flip=False),
-    "digits-0-4": _Kind(channels=1, flip=False),
-    "digits-5-9": _Kind(channels=1, flip=False),
+    "digits": _Kind(channels=1, flip=False, digits=range(10)),
+    "digits-0-4": _Kind(channels=1, flip=False, digits=range(5)),
+    "digits-5-9": _Kind(channels=1, flip=False, digits=range(5, 10)),
     "mnist": _Kind(channels=1, crop=14, flip=False, dataset="MNIST", folder="MNIST/raw"),
     "fashion-mnist": _Kind(channels=1, crop=14, dataset="FashionMNIST", folder="FashionMNIST/raw"),
     "cifar10": _Kind(dataset="CIFAR10", folder="cifar-10-batches-py"),
@@ -205,8 +206,6 @@ _KINDS = {
 
 NAMES: tuple[str, ...] = tuple(_KINDS)
 """The built-in data sets."""
-
-_DIGITS = {"digits": range(10), "digits-0-4": range(5), "digits-5-9": range(5, 10)}
 
 
 class _Decoded(NamedTuple):
@@ -241,8 +240,8 @@ def load(name: str, *, image_size: int | None = None) -> Data:
     check("name", name, Legal(legal, lambda name: isinstance(name, str) and name))
     check("image_size", image_size, optional(integer(1)))
     kind = _KINDS.get(name, _Kind())
-    if name in _DIGITS:
-        return _assemble(name, kind, _digits(_DIGITS[name], image_size))
+    if kind.digits:
+        return _assemble(name, kind, _digits(kind.digits, image_size))
     image_size = image_size or kind.image_size
     source = _find(name, kind)
     key = hashlib.sha256(

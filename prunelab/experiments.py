@@ -130,7 +130,7 @@ class Experiment:
         Raises:
             ValueError: a setting is missing or illegal, or they do not give the row's key.
         """
-        if missing := [field.name for field in fields(cls) if field.name not in row and field.name != "pretrained"]:
+        if missing := [field.name for field in fields(cls) if field.name not in row and field.default is not None]:
             raise ValueError(f"row {row.get('key')}: {missing[0]!r} is missing")
         settings: dict[str, Any] = {field.name: row.get(field.name) for field in fields(cls)}
         found = cls(**settings)

@@ -41,7 +41,7 @@ from prunelab._checks import check, integer
 from prunelab._files import write_atomically
 from prunelab._modes import evaluating
 from prunelab.imagenet import NOISE, RECIPES, derived_seed, open_split, training_batches, validation_batches
-from prunelab.training import GPU_CHECK_STEPS, Recipe, _deterministic, learning_rate
+from prunelab.training import GPU_CHECK_STEPS, Recipe, deterministic, learning_rate, mixed_precision
 
 CHECKPOINT, CURVE = "checkpoint.safetensors", "curve.jsonl"
 
@@ -116,7 +116,7 @@ def train(
         for epoch in range(len(curve), math.ceil(steps / steps_per_epoch)):
             batches = training_batches(pictures, recipe.batch_size // group.size, seed=seed, epoch=epoch, **shared)
             of_epoch = rates[epoch * steps_per_epoch :][:steps_per_epoch]
-            with _deterministic(derived_seed(seed, NOISE, epoch, group.rank), group.device):
+            with deterministic(derived_seed(seed, NOISE, epoch, group.rank), group.device):
                 loss = _pass(parallel.train(), optimizer, of_epoch, batches, group, bar)
             for buffer in net.buffers() if group.size > 1 else ():
                 dist.broadcast(buffer, 0)  # batch norm's statistics, so that all measure what the checkpoint holds
@@ -227,7 +227,7 @@ def _place(net: nn.Module, split: ImageFolder, group: _Group, size: int) -> None
 
 def _logits(net: nn.Module, images: Tensor, group: _Group) -> Tensor:
     """Run the net, in mixed precision on a GPU."""
-    with torch.autocast(group.device.type, dtype=torch.bfloat16, enabled=group.device.type == "cuda"):
+    with mixed_precision(group.device):
         return net(images.to(group.device, memory_format=torch.channels_last, non_blocking=True))
 
 
@@ -274,13 +274,7 @@ def _accuracy(
 
 def _prepare(net: nn.Module, recipe: Recipe) -> tuple[torch.optim.Optimizer, dict[str, Tensor]]:
     """Return the optimiser, and by name every tensor that training changes."""
-    optimizer = torch.optim.SGD(
-        net.parameters(),
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        nesterov=recipe.nesterov,
-        weight_decay=recipe.weight_decay,
-    )
+    optimizer = recipe.optimizer(net)
     tensors = {f"net.{name}": tensor for name, tensor in net.state_dict().items()}
     for name, parameter in net.named_parameters():
         momentum = torch.zeros_like(parameter)  # from zeros, the first step is the one that PyTorch makes from nothing

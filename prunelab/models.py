@@ -351,7 +351,6 @@ def reinitialise(net: nn.Module, seed: int) -> nn.Module:
         return net.apply(_initialise).to(device)
 
 
-@torch.no_grad()
 def transfer(net: nn.Module, trained: nn.Module) -> nn.Module:
     """Give a network the weights and statistics of a trained one of its kind, all but its last linear layer's.
 
@@ -363,14 +362,13 @@ def transfer(net: nn.Module, trained: nn.Module) -> nn.Module:
         ValueError: a tensor is missing or has another shape; it is named.
     """
     last = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)][-1]
-    known = trained.state_dict()
-    for name, tensor in net.state_dict().items():
-        if not name.startswith(f"{last}."):
-            found = known.get(name)
-            if found is None or found.shape != tensor.shape:
-                there = "is not there" if found is None else f"is {list(found.shape)}"
-                raise ValueError(f"{name} is {list(tensor.shape)}, but {there} in the network to transfer from")
-            tensor.copy_(found)
+    own, known = net.state_dict(), trained.state_dict()
+    inherited = [name for name in own if not name.startswith(f"{last}.")]
+    for name in inherited:
+        if name not in known or known[name].shape != own[name].shape:
+            there = f"is {list(known[name].shape)}" if name in known else "is not there"
+            raise ValueError(f"{name} is {list(own[name].shape)}, but {there} in the network to transfer from")
+    net.load_state_dict({**own, **{name: known[name] for name in inherited}})
     return net
 
 

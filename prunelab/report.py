@@ -141,12 +141,25 @@ def interval(values: Sequence[float] | NDArray[np.floating[Any]]) -> tuple[float
     return mean, mean - half, mean + half
 
 
+def beats(accuracy: pd.DataFrame) -> pd.DataFrame:
+    """Return which arms beat which for certain: bool [arms, arms], row beats column.
+
+    The 95% interval of the paired difference lies above 0, as in `verdict`. Intervals are not widened for the number of
+    pairs, so among many arms a few are wrong.
+
+    Args:
+        accuracy: in percent, [seeds, arms].
+    """
+    values = accuracy.to_numpy().T
+    certain = [[interval(a - b)[1] > 0 for b in values] for a in values]
+    return pd.DataFrame(certain, index=accuracy.columns, columns=accuracy.columns)
+
+
 def ranks(rows: pd.DataFrame, metric: str = "test_tuned") -> pd.DataFrame:
     """Rank the arms at each budget, with the ranks that the seeds leave possible.
 
-    An arm beats another for certain if the 95% interval of their paired difference lies on its side of 0, as in
-    `verdict`. Of k arms one can stand as high as 1 + (how many beat it for certain), and as low as k − (how many it
-    beats for certain). Intervals are not widened for the number of pairs, so among many arms a few are wrong.
+    Of k arms one can stand as high as 1 + (how many beat it for certain), and as low as k − (how many it beats for
+    certain); for certain is as in `beats`.
 
     Args:
         rows: as from `results`; the dense arm is left out.
@@ -160,12 +173,11 @@ def ranks(rows: pd.DataFrame, metric: str = "test_tuned") -> pd.DataFrame:
     found: list[pd.DataFrame] = []
     for macs, some in rows[rows.method != "dense"].groupby("macs", sort=False):
         accuracy = some.pivot(index="seed", columns="arm", values=metric).dropna()
-        values = accuracy.to_numpy().T  # [arms, seeds]
-        beats = np.array([[interval(a - b)[1] > 0 for b in values] for a in values])
+        certain = beats(accuracy).to_numpy()
         table = pd.DataFrame({"macs": macs, "arm": accuracy.columns, "mean": accuracy.mean().to_numpy()})
         table.insert(2, "label", table.arm.map(labels))
         table["rank"] = table["mean"].rank(ascending=False, method="min").astype(int)
-        table["highest"], table["lowest"] = 1 + beats.sum(axis=0), len(table) - beats.sum(axis=1)
+        table["highest"], table["lowest"] = 1 + certain.sum(axis=0), len(table) - certain.sum(axis=1)
         found.append(table.assign(seeds=len(accuracy)).sort_values("rank"))
     return pd.concat(found).sort_values(["macs", "rank"], ascending=[False, True], ignore_index=True)
 

@@ -67,6 +67,16 @@ class Recipe:
             milestones=Legal("increasing fractions between 0 and 1", _are_increasing),
         )
 
+    def optimizer(self, net: nn.Module) -> torch.optim.SGD:
+        """Return the optimiser of every parameter of a network."""
+        return torch.optim.SGD(
+            net.parameters(),
+            lr=self.lr,
+            momentum=self.momentum,
+            nesterov=self.nesterov,
+            weight_decay=self.weight_decay,
+        )
+
 
 def _are_increasing(milestones: Sequence[float]) -> bool:
     return isinstance(milestones, tuple | list) and all(
@@ -204,19 +214,13 @@ def fit(
     began = time.perf_counter()
     hook = hook or Hook()
     _place(net, data).train()
-    optimizer = torch.optim.SGD(
-        net.parameters(),
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        nesterov=recipe.nesterov,
-        weight_decay=recipe.weight_decay,
-    )
+    optimizer = recipe.optimizer(net)
     state = State(net, optimizer, step=0, steps=steps, steps_per_epoch=steps_per_epoch)
     losses = torch.zeros(steps, device=data.device)
     batches = _training_batches(data, recipe.batch_size, seed)
     check_steps = GPU_CHECK_STEPS if data.device.type == "cuda" else 1
 
-    with _deterministic(seed, data.device), tqdm(total=steps, desc=label, leave=False, disable=not progress) as bar:
+    with deterministic(seed, data.device), tqdm(total=steps, desc=label, leave=False, disable=not progress) as bar:
         hook.start(state)
         for step, (images, labels) in zip(range(steps), batches, strict=False):
             state.step, state.images, state.labels = step, images, labels
@@ -314,9 +318,14 @@ def _place(net: nn.Module, data: Data) -> nn.Module:
     return net.to(data.device).to(memory_format=torch.channels_last)
 
 
+def mixed_precision(device: torch.device) -> torch.autocast:
+    """Return the context of every forward pass: bfloat16 where autocast allows it on a GPU, nothing else elsewhere."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+
+
 def _logits(net: nn.Module, images: Tensor, data: Data) -> Tensor:
     """Run the net, in mixed precision on a GPU."""
-    with torch.autocast(data.device.type, dtype=torch.bfloat16, enabled=data.device.type == "cuda"):
+    with mixed_precision(data.device):
         logits = net(images)
     if logits.shape != (len(images), len(data.classes)):
         wanted = [len(images), len(data.classes)]
@@ -333,7 +342,7 @@ def _check_finite(losses: Tensor, recent: int, recipe: Recipe) -> None:
 
 
 @contextmanager
-def _deterministic(seed: int, device: torch.device) -> Iterator[None]:
+def deterministic(seed: int, device: torch.device) -> Iterator[None]:
     """Seed the global generators and choose deterministic convolutions; give the caller's state back at the end."""
     cudnn = torch.backends.cudnn
     before = cudnn.deterministic, cudnn.benchmark

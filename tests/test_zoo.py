@@ -75,10 +75,10 @@ def test_the_repositorys_zoo_is_small_and_has_nothing_else() -> None:
 @pytest.mark.parametrize("experiment", HERE, ids=lambda e: f"{e.method}-{e.seed}")
 def test_a_network_of_the_repositorys_zoo_is_its_rows(experiment: Experiment) -> None:
     row, net = Store().rows()[experiment.key], zoo.load(experiment)
-    channels_side = torch.zeros(1, 3, 32, 32)
+    example = torch.zeros(1, 3, 32, 32)
     dense = experiment.method == "dense"
     assert cost.parameters(net) == row["dense_parameter_count" if dense else "parameter_count"]
-    assert cost.macs(net, channels_side) == row["dense_macs_all" if dense else "macs_all"]
+    assert cost.macs(net, example) == row["dense_macs_all" if dense else "macs_all"]
     if not os.environ.get("PRUNELAB_DATA"):
         pytest.skip(f"PRUNELAB_DATA names no folder with {experiment.dataset}")
     images = data.load(experiment.dataset)

@@ -24,7 +24,7 @@ from prunelab.methods.base import Pruned
 from prunelab.models import reinitialise
 from prunelab.structure import Budget, ChannelSpace, Plan
 from prunelab.structure.space import Ints, open_ended
-from prunelab.training import Context, Hook, Recipe, State, fit
+from prunelab.training import Context, Hook, Recipe, State, fit, mixed_precision
 
 Sampling = Literal["expected", "direct"]
 
@@ -310,7 +310,7 @@ class Supernet(nn.Module):
             weight = self.net.get_parameter(name)
             scale = open_ended(gates)[units].view(-1, *[1] * (weight.dim() - 2))
             weights[name] = weight * scale.to(weight)
-        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=images.is_cuda):
+        with mixed_precision(images.device):
             logits: Tensor = functional_call(self.net, weights, (images,))
         return logits.float()
 
