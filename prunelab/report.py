@@ -23,7 +23,10 @@ HOLDS, IN_PART, FAILS, NOT_TESTED = WORDS = "holds", "holds in part", "does not 
 
 LEAST_SEEDS = 3
 CONFIDENCE = 0.95
-COLUMNS = ["notebook", "paper", "claim", "paper's number", "measured here", "verdict", "setting", "seeds", "minutes"]
+COLUMNS = [
+    *("notebook", "paper", "claim", "paper's number"),
+    *("measured here", "95% interval", "verdict", "setting", "seeds", "minutes"),
+]
 MARKERS = "<!-- verdicts:begin -->", "<!-- verdicts:end -->"
 
 Cells = Mapping[tuple[str, float, int], Experiment]
@@ -46,13 +49,20 @@ class Verdict:
 
     @property
     def summary(self) -> str:
-        """The measured differences in a few words; empty if there are none."""
-        means = self.differences["mean"].dropna()
-        if self.word == NOT_TESTED or means.empty:
+        """The measured differences in a few words; empty if the claim was not tested."""
+        if self.word == NOT_TESTED:
             return ""
+        means = self.differences["mean"]
         span = f"{means.min():+.1f}" if len(means) == 1 else f"{means.min():+.1f} to {means.max():+.1f}"
         bound = f"−{self.claim.margin:g}" if self.claim.margin else "0"
         return f"{span} points; above {bound} in {int(self.differences.passed.sum())} of {len(means)}"
+
+    @property
+    def interval(self) -> str:
+        """The 95% interval; of several differences the lowest and the highest bound; empty if not tested."""
+        if self.word == NOT_TESTED:
+            return ""
+        return f"{self.differences.low.min():+.1f} to {self.differences.high.max():+.1f}"
 
 
 def results(
@@ -214,8 +224,9 @@ def verdict_table(store: Store | None = None, *, recorded: bool = True) -> pd.Da
             effort that the store has rows of, and no others.
 
     Returns:
-        notebook, paper, claim, paper's number, measured here, verdict, setting, seeds, minutes. The paper's number and
-        what was measured here stand in columns of their own, and need not be of the same thing.
+        The columns `COLUMNS`. The paper's number and what was measured here stand in columns of their own, and need not
+        be of the same thing. The interval is the 95% one of the difference; where a claim makes several comparisons it
+        goes from their lowest to their highest bound.
     """
     store = store or Store()
     known = store.rows()
@@ -260,7 +271,8 @@ def _line(paper: Paper, claim: Claim, experiments: Cells, known: Mapping[str, Ro
     setting = f"{some.model} on {images_of(rows) or some.dataset}{after}, {some.effort}"
     seeds = int(decided.differences.seeds.min()) if len(decided.differences) else 0
     minutes = round(rows.seconds.sum() / 60, 1) if len(rows) else 0.0
-    return (paper.notebook, paper.system, claim.text, number, decided.summary, decided.word, setting, seeds, minutes)
+    measured = decided.summary, decided.interval, decided.word
+    return (paper.notebook, paper.system, claim.text, number, *measured, setting, seeds, minutes)
 
 
 def images_of(rows: pd.DataFrame) -> str:
@@ -300,4 +312,21 @@ def _with_table(path: Path, store: Store | None) -> str:
         raise ValueError(f"{path} must have the lines {begin} and {end}, in this order")
     before, rest = text.split(begin, 1)
     after = rest.split(end, 1)[1]
-    return f"{before}{begin}\n{markdown(verdict_table(store))}\n{end}{after}"
+    return f"{before}{begin}\n{_verdicts(verdict_table(store))}\n{end}{after}"
+
+
+def _verdicts(table: pd.DataFrame) -> str:
+    """Return what the README says of the claims: how many came out how, the headline of each notebook, then all."""
+    headline = [claim.headline for paper in claims.load_all() for claim in paper.claims]
+    counts = table.verdict.value_counts()
+    count = ", ".join(f"**{word}** {counts.get(word, 0)}" for word in WORDS)
+    linked = table.assign(notebook=[f"[{name}](notebooks/{name}.ipynb)" for name in table.notebook])
+    return "\n".join(
+        [
+            f"{len(table)} claims: {count}. The main one of each notebook:\n",
+            markdown(linked[headline].drop(columns="setting")),
+            f"\n<details><summary>All {len(table)} claims, with their settings</summary>\n",
+            markdown(linked),
+            "\n</details>",
+        ]
+    )

@@ -142,6 +142,18 @@ def test_the_summary_says_how_many_differences_passed() -> None:
     assert report.verdict(BETTER, found).summary == "-10.0 to +2.0 points; above 0 in 1 of 2"
 
 
+def test_the_interval_of_several_differences_is_that_of_all() -> None:
+    # a - b is 1, 2, 3 at a half: 2 ∓ 4.3027/√3; and -10 each time at a quarter
+    found = rows(
+        {("a", 0.5): [71.0, 72.0, 73.0], ("a", 0.25): [60.0] * 3, ("b", 0.5): [70.0] * 3, ("b", 0.25): [70.0] * 3}
+    )
+    assert report.verdict(BETTER, found).interval == "-10.0 to +4.5"
+    one = report.verdict(BETTER, found[found.macs == 0.5])
+    assert (one.interval, one.summary) == ("-0.5 to +4.5", "+2.0 points; above 0 in 0 of 1")
+    two_seeds = report.verdict(BETTER, found[found.seed < 2])
+    assert (two_seeds.interval, two_seeds.summary) == ("", "")
+
+
 def recorded(folder: Path, values: Mapping[str, float]) -> Store:
     """Return a store with constructed rows of notebook 02: {arm: accuracy}, seeds 0.1 apart."""
     store = Store(folder)
@@ -160,6 +172,7 @@ def test_the_table_reads_the_store_and_computes_nothing(tmp_path: Path) -> None:
     smallest, regained = (table.loc["02_filter_pruning", claim.text] for claim in claims.load("02").claims)
     assert (smallest.verdict, regained.verdict) == ("holds", "holds")
     assert smallest["measured here"] == "+1.0 to +1.0 points; above 0 in 3 of 3"
+    assert smallest["95% interval"] == "+1.0 to +1.0"
     assert regained["measured here"] == "-0.5 points; above −1 in 1 of 1"
     assert regained["paper's number"].startswith("6.6 % (VGG-16-A")
     assert smallest["paper's number"] == ""
@@ -192,13 +205,15 @@ def test_settings_other_than_the_recorded_ones_are_found_in_the_store(tmp_path: 
 def test_the_readme_is_rewritten_between_its_markers_only(tmp_path: Path) -> None:
     path, store = tmp_path / "README.md", Store(tmp_path)
     begin, end = report.MARKERS
-    path.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    path.write_text(f"before\n{begin}\noutdated\n{end}\nafter\n")
     assert not report.readme_is_current(path, store)
     report.write_readme(path, store)
     text = path.read_text()
-    assert text.startswith(f"before\n{begin}\n| notebook | paper |")
+    table = report.verdict_table(store)
+    assert text.startswith(f"before\n{begin}\n{len(table)} claims: **holds** 0,")
+    assert all(text.count(f"](notebooks/{name}.ipynb) |") == 1 + n for name, n in table.notebook.value_counts().items())
     assert text.endswith(f"{end}\nafter\n")
-    assert "old" not in text
+    assert "outdated" not in text
     assert report.readme_is_current(path, store)
     path.write_text(text.replace("not tested here", "holds", 1))
     assert not report.readme_is_current(path, store)
