@@ -43,7 +43,7 @@ class Look(NamedTuple):
 
 
 LOOKS: dict[str, Look] = {
-    "dense": Look(BLACK, "_"),
+    "dense": Look(BLACK, "|"),
     "random": Look(GREY, "X"),
     "l1": Look(ORANGE, "^"),
     "finetune": Look(RED, "v"),
@@ -173,31 +173,56 @@ def accuracy_against_macs(
 def accuracy_by_arm(rows: pd.DataFrame, ax: Axes | None = None, metric: str = "test_tuned") -> Axes:
     """Draw one line per arm, in the order of the rows: every seed, the mean, and its 95% interval.
 
-    The dense arm, if it is among the rows, is a dashed line at its mean in a band that spans its seeds.
+    An interval far wider than what was seen is cut off at the frame. From the dense arm, if it is among the rows, a
+    dashed line goes down at its mean, in a band that spans its seeds.
 
     Args:
         rows: as from `report.results`, at one budget.
         ax: where to draw; default new axes of a fitting height.
         metric: a column in percent.
     """
-    dense, others = rows[rows.method == "dense"], rows[rows.method != "dense"]
-    labels = dict(zip(others.arm, others.label, strict=True))
+    labels = dict(zip(rows.arm, rows.label, strict=True))
     ax = ax or plt.subplots(figsize=(SIZE[0], 1.0 + 0.3 * len(labels)))[1]
+    dense = rows[metric][rows.method == "dense"]
     if len(dense):
-        ax.axvspan(dense[metric].min(), dense[metric].max(), color=BLACK, alpha=0.12, linewidth=0)
-        ax.axvline(dense[metric].mean(), color=BLACK, linewidth=1, linestyle="--")
+        ax.axvspan(dense.min(), dense.max(), color=BLACK, alpha=0.12, linewidth=0)
+        ax.axvline(dense.mean(), color=BLACK, linewidth=1, linestyle="--")
+    least, most = rows[metric].min(), rows[metric].max()
+    reach, bounds = 0.25 * (most - least), [least, most]
     for place, arm in enumerate(labels):
-        (colour, marker), values = look(arm), others[metric][others.arm == arm].to_numpy()
+        (colour, marker), values = look(arm), rows[metric][rows.arm == arm].to_numpy()
         mean, low, high = interval(values)
+        bounds += [low, high]
         ax.hlines(place, low, high, color=colour, linewidth=1.6)
         ax.plot(values, np.full(len(values), place), marker, color=colour, alpha=0.35, markersize=4)
         ax.plot(mean, place, marker, color=colour, markersize=8)
     ax.set_yticks(range(len(labels)), list(labels.values()))
-    margin = 0.08 * float(np.ptp(rows[metric]))  # an interval may be far wider than what was seen: it is cut off here
-    ax.set(xlim=(rows[metric].min() - margin, rows[metric].max() + margin), ylim=(len(labels) - 0.5, -0.5))
+    left, right = max(np.nanmin(bounds), least - reach), min(np.nanmax(bounds), most + reach)
+    ax.set(xlim=(left - 0.1 * reach, right + 0.1 * reach), ylim=(len(labels) - 0.5, -0.5))
     ax.grid(axis="x", visible=True)
     ax.set_xlabel(f"{_metric_name(metric)} (%)")
     return ax
+
+
+def accuracy_panels(rows: pd.DataFrame, title: str, metric: str = "test_tuned") -> Figure:
+    """Draw `accuracy_by_arm` in a panel per budget, from the most MACs to the fewest; the dense arm is in each.
+
+    Args:
+        rows: as from `report.results`: the same arms at every budget.
+        title: what stands above all panels.
+        metric: a column in percent.
+    """
+    dense, others = rows[rows.method == "dense"], rows[rows.method != "dense"]
+    budgets = sorted(others.macs.unique(), reverse=True)
+    size = 2.9 + 3.4 * len(budgets), 1.1 + 0.3 * rows.arm.nunique()
+    figure, panels = plt.subplots(1, len(budgets), figsize=size, sharey=True, squeeze=False)
+    for budget, ax in zip(budgets, panels[0], strict=True):
+        accuracy_by_arm(pd.concat([dense, others[others.macs == budget]]), ax, metric)
+        ax.set_title(f"{_fraction(budget)} of the MACs")
+    for ax in panels[0, 1:]:
+        ax.set_xlabel("")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    return figure
 
 
 def _curve(ax: Axes, rows: pd.DataFrame, metric: str, look: Look, aside: float) -> None:
