@@ -49,6 +49,11 @@ def fractions(values: Any) -> bool:
     return isinstance(values, list) and bool(values) and all(map(fraction, values))
 
 
+def auto_or_fractions(values: Any) -> bool:
+    """Either "auto" or a list of fractions in (0, 1], at least one."""
+    return bool(values == "auto") or fractions(values)
+
+
 def _is_parameter(name: str, value: Any) -> bool:
     """Whether a name of the notebook is its own plain value, and not an import or a definition."""
     return not (name.startswith("_") or name in INTERACTIVE or callable(value) or type(value).__name__ == "module")

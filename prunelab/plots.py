@@ -214,7 +214,7 @@ def accuracy_panels(rows: pd.DataFrame, title: str, metric: str = "test_tuned") 
     """
     dense, others = rows[rows.method == "dense"], rows[rows.method != "dense"]
     budgets = sorted(others.macs.unique(), reverse=True)
-    size = 2.9 + 3.4 * len(budgets), 1.1 + 0.3 * rows.arm.nunique()
+    size = 3.6 + 2.7 * len(budgets), 1.1 + 0.3 * rows.arm.nunique()
     figure, panels = plt.subplots(1, len(budgets), figsize=size, sharey=True, squeeze=False)
     for budget, ax in zip(budgets, panels[0], strict=True):
         accuracy_by_arm(pd.concat([dense, others[others.macs == budget]]), ax, metric)

@@ -46,6 +46,17 @@ def test_an_illegal_value_or_an_unknown_name_is_refused(change: dict[str, Any], 
         notebook.parameters({**GOOD, **change}, **LEGAL)
 
 
+@pytest.mark.parametrize("budgets", ["auto", [0.5], [1]])
+def test_budgets_may_be_left_to_the_notebook(budgets: object) -> None:
+    notebook.parameters({**GOOD, "BUDGETS": budgets}, **{**LEGAL, "BUDGETS": notebook.auto_or_fractions})
+
+
+@pytest.mark.parametrize("budgets", ["all", "", [], [0], ["auto"], None, 0.5])
+def test_budgets_that_are_neither_auto_nor_fractions_are_refused(budgets: object) -> None:
+    with pytest.raises(ValueError, match='it must be either "auto" or a list of fractions in'):
+        notebook.parameters({**GOOD, "BUDGETS": budgets}, **{**LEGAL, "BUDGETS": notebook.auto_or_fractions})
+
+
 def test_a_missing_parameter_is_refused() -> None:
     with pytest.raises(ValueError, match="parameter LR is missing"):
         notebook.parameters({name: value for name, value in GOOD.items() if name != "LR"}, **LEGAL)
