@@ -204,20 +204,19 @@ def accuracy_by_arm(rows: pd.DataFrame, ax: Axes | None = None, metric: str = "t
     return ax
 
 
-def accuracy_panels(rows: pd.DataFrame, title: str, metric: str = "test_tuned") -> Figure:
+def accuracy_panels(rows: pd.DataFrame, title: str) -> Figure:
     """Draw `accuracy_by_arm` in a panel per budget, from the most MACs to the fewest; the dense arm is in each.
 
     Args:
         rows: as from `report.results`: the same arms at every budget.
         title: what stands above all panels.
-        metric: a column in percent.
     """
     dense, others = rows[rows.method == "dense"], rows[rows.method != "dense"]
     budgets = sorted(others.macs.unique(), reverse=True)
     size = 3.6 + 2.7 * len(budgets), 1.1 + 0.3 * rows.arm.nunique()
     figure, panels = plt.subplots(1, len(budgets), figsize=size, sharey=True, squeeze=False)
     for budget, ax in zip(budgets, panels[0], strict=True):
-        accuracy_by_arm(pd.concat([dense, others[others.macs == budget]]), ax, metric)
+        accuracy_by_arm(pd.concat([dense, others[others.macs == budget]]), ax)
         ax.set_title(f"{_fraction(budget)} of the MACs")
     for ax in panels[0, 1:]:
         ax.set_xlabel("")
