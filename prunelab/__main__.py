@@ -61,13 +61,13 @@ def list_() -> None:
     from prunelab import data, experiments, methods, models, report
 
     verdicts = report.verdict_table()
-    table = Table("notebook", "claim", "verdict")
+    table = Table("notebook", "claim", "setting", "verdict")
     for path in _notebooks():
         own = verdicts[verdicts.notebook == path.stem]
-        for place, (claim, word) in enumerate(zip(own.claim, own.verdict, strict=True)):
-            table.add_row("" if place else path.stem, claim, _coloured(word))
+        for place, (claim, setting, word) in enumerate(zip(own.claim, own.setting, own.verdict, strict=True)):
+            table.add_row("" if place else path.stem, claim, setting, _coloured(word))
         if own.empty:
-            table.add_row(path.stem, "", "")
+            table.add_row(path.stem, "", "", "")
     console.print(table)
     for what, names in (
         ("data sets", data.NAMES),

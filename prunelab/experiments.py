@@ -42,6 +42,7 @@ Row = dict[str, Any]
 T = TypeVar("T")
 
 SPLITS: tuple[Literal["val", "test"], ...] = "val", "test"
+RECORDED = Path(__file__).resolve().parents[1] / "results"  # the rows that come with the repository
 RECALIBRATION = 20, 256  # at most so many batches, of so many training images
 
 
@@ -170,8 +171,7 @@ class Store:
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
-        repository = Path(__file__).resolve().parents[1] / "results"
-        self.folder = Path(folder or os.environ.get("PRUNELAB_RESULTS") or repository)
+        self.folder = Path(folder or os.environ.get("PRUNELAB_RESULTS") or RECORDED)
 
     def rows(self) -> dict[str, Row]:
         """Read every row, by key.

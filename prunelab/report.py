@@ -17,7 +17,7 @@ from scipy import stats
 from prunelab import claims
 from prunelab._files import write_atomically
 from prunelab.claims import Claim, Paper
-from prunelab.experiments import Experiment, Row, Store, run
+from prunelab.experiments import RECORDED, Experiment, Row, Store, run
 
 HOLDS, IN_PART, FAILS, NOT_TESTED = WORDS = "holds", "holds in part", "does not hold here", "not tested here"
 
@@ -88,6 +88,11 @@ def results(
     else:
         rows = run(experiments.values(), store=store, jobs=jobs, progress=progress)
     return _named(paper, experiments, {str(row["key"]): row for row in rows.to_dict("records")})
+
+
+def recorded(paper: Paper, experiments: Cells) -> pd.DataFrame:
+    """Return the rows of some experiments that come with the repository, as `results` does; nothing is computed."""
+    return _named(paper, experiments, Store(RECORDED).rows())
 
 
 def _named(paper: Paper, experiments: Cells, known: Mapping[str, Mapping[Any, Any]]) -> pd.DataFrame:
@@ -216,7 +221,7 @@ def _with_interval(values: pd.Series[float]) -> str:
 
 
 def verdict_table(store: Store | None = None, *, recorded: bool = True) -> pd.DataFrame:
-    """Return one row per claim, from the rows that the store has; nothing is computed.
+    """Return a row per claim and setting, from the rows that the store has; nothing is computed.
 
     Args:
         store: default the repository's.
@@ -230,12 +235,12 @@ def verdict_table(store: Store | None = None, *, recorded: bool = True) -> pd.Da
     """
     store = store or Store()
     known = store.rows()
-    lines = [
-        _line(paper, claim, experiments, known)
-        for paper in claims.load_all()
-        for experiments in ([paper.experiments()] if recorded else found(paper, known.values()))
-        for claim in paper.claims
-    ]
+    papers = claims.load_all()
+    if recorded:
+        judged: list[tuple[Paper, Cells]] = [(one, one.experiments()) for paper in papers for one in paper.everywhere]
+    else:
+        judged = [(paper, cells) for paper in papers for cells in found(paper, known.values())]
+    lines = [_line(paper, claim, cells, known) for paper, cells in judged for claim in paper.claims]
     return pd.DataFrame(lines, columns=COLUMNS)
 
 
@@ -317,15 +322,17 @@ def _with_table(path: Path, store: Store | None) -> str:
 
 def _verdicts(table: pd.DataFrame) -> str:
     """Return what the README says of the claims: how many came out how, the headline of each notebook, then all."""
-    headline = [claim.headline for paper in claims.load_all() for claim in paper.claims]
+    papers = claims.load_all()
+    headline = [claim.headline and one is paper for paper in papers for one in paper.everywhere for claim in one.claims]
     counts = table.verdict.value_counts()
     count = ", ".join(f"**{word}** {counts.get(word, 0)}" for word in WORDS)
     linked = table.assign(notebook=[f"[{name}](notebooks/{name}.ipynb)" for name in table.notebook])
     return "\n".join(
         [
-            f"{len(table)} claims: {count}. The main one of each notebook:\n",
+            f"{sum(len(paper.claims) for paper in papers)} claims, {len(table)} verdicts, as some claims are put to the"
+            f" test on two networks: {count}. The main one of each notebook:\n",
             markdown(linked[headline].drop(columns="setting")),
-            f"\n<details><summary>All {len(table)} claims, with their settings</summary>\n",
+            f"\n<details><summary>All {len(table)} verdicts, with their settings</summary>\n",
             markdown(linked),
             "\n</details>",
         ]

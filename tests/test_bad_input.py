@@ -10,7 +10,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -34,12 +34,21 @@ NEVER = st.one_of(
     st.text().filter(lambda text: text not in LEGAL_TEXTS),
     st.binary(),
 )
-LEGAL_TEXTS = {
-    text
-    for method in METHODS.values()
-    for field in dataclasses.fields(method)  # type: ignore[arg-type]
-    for text in (str(field.default), str(field.default).strip("'"))
-}
+
+
+def _texts(hint: object) -> set[str]:
+    """Return the texts that a type names: those of its `Literal`s."""
+    return {hint} if isinstance(hint, str) else set().union(*map(_texts, get_args(hint)))
+
+
+# Hypothesis draws texts from the source too, so what is legal somewhere must be left out by name.
+LEGAL_TEXTS = {*METHODS, *experiments.EFFORTS}.union(
+    *(
+        _texts(hint)
+        for kind in (Recipe, Budget, Experiment, *METHODS.values())
+        for hint in get_type_hints(kind).values()
+    )
+)
 
 
 def refused(call: Callable[[], object], *names: str) -> str:

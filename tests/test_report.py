@@ -168,7 +168,7 @@ def recorded(folder: Path, values: Mapping[str, float]) -> Store:
 def test_the_table_reads_the_store_and_computes_nothing(tmp_path: Path) -> None:
     store = recorded(tmp_path, {"l1-filters": 82.0, "dense": 82.5, "random-filters": 81.0})
     table = report.verdict_table(store).set_index(["notebook", "claim"])
-    assert len(table) == sum(len(paper.claims) for paper in claims.load_all())
+    assert len(table) == sum(len(one.claims) for paper in claims.load_all() for one in paper.everywhere)
     smallest, regained = (table.loc["02_filter_pruning", claim.text] for claim in claims.load("02").claims)
     assert (smallest.verdict, regained.verdict) == ("holds", "holds")
     assert smallest["measured here"] == "+1.0 to +1.0 points; above 0 in 3 of 3"
@@ -210,7 +210,10 @@ def test_the_readme_is_rewritten_between_its_markers_only(tmp_path: Path) -> Non
     report.write_readme(path, store)
     text = path.read_text()
     table = report.verdict_table(store)
-    assert text.startswith(f"before\n{begin}\n{len(table)} claims: **holds** 0,")
+    papers = claims.load_all()
+    verdicts, claimed = len(table), sum(len(paper.claims) for paper in papers)
+    assert text.startswith(f"before\n{begin}\n{claimed} claims, {verdicts} verdicts, as some claims")
+    assert f": **holds** 0, **holds in part** 0, **does not hold here** 0, **not tested here** {verdicts}." in text
     assert all(text.count(f"](notebooks/{name}.ipynb) |") == 1 + n for name, n in table.notebook.value_counts().items())
     assert text.endswith(f"{end}\nafter\n")
     assert "outdated" not in text

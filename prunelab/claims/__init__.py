@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from prunelab._checks import FRACTION, Legal, check, integer, one_of, optional
 from prunelab.experiments import EFFORTS, Experiment
 from prunelab.methods import METHODS
+from prunelab.models import NAMES
 from prunelab.structure.space import Scope
 
 __all__ = ["METRICS", "RULES", "Arm", "Claim", "Number", "Paper", "Setting", "load", "load_all"]
@@ -69,16 +70,17 @@ class Setting:
 
 @dataclass(frozen=True)
 class Arm:
-    """One side of a comparison: a method with its hyper-parameters, some of which may depend on the effort."""
+    """One side of a comparison: a method with its hyper-parameters, some of which may depend on network and effort."""
 
     label: str
     method: str
     parameters: Mapping[str, Any]
+    by_model: Mapping[str, Mapping[str, Any]]
     by_effort: Mapping[str, Mapping[str, Any]]
 
-    def parameters_for(self, effort: str) -> dict[str, Any]:
-        """Return the hyper-parameters at an effort."""
-        return {**self.parameters, **self.by_effort.get(effort, {})}
+    def parameters_for(self, model: str, effort: str) -> dict[str, Any]:
+        """Return the hyper-parameters for a network at an effort, which has the last word."""
+        return {**self.parameters, **self.by_model.get(model, {}), **self.by_effort.get(effort, {})}
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Claim:
         controls: the arms it is compared with.
         metric: a column of the rows, in percent.
         margin: in points; only for "not worse".
-        macs: the budgets that the sentence is about; None: all that were run.
+        macs: the budgets that the sentence is about, out of those of all settings; None: all that were run.
         headline: whether the paper's headline number stands beside it.
     """
 
@@ -110,7 +112,10 @@ class Claim:
 
 @dataclass(frozen=True)
 class Paper:
-    """One paper: its claim in a sentence, its own numbers, and the comparison that tests it here."""
+    """One paper: its claim in a sentence, its own numbers, and the comparison that tests it here.
+
+    `also` has the same on further settings, each with those of the claims that are about one of its budgets.
+    """
 
     notebook: str
     system: str
@@ -120,6 +125,7 @@ class Paper:
     setting: Setting
     arms: Mapping[str, Arm]
     claims: tuple[Claim, ...]
+    also: tuple[Paper, ...] = ()
 
     @property
     def number(self) -> str:
@@ -130,6 +136,11 @@ class Paper:
     def headline(self) -> Number | None:
         """The paper's own number that the verdict table shows."""
         return next((number for number in self.numbers if number.headline), None)
+
+    @property
+    def everywhere(self) -> tuple[Paper, ...]:
+        """The paper on each of its settings, the main one first."""
+        return self, *self.also
 
     @property
     def labels(self) -> dict[str, str]:
@@ -173,7 +184,7 @@ class Paper:
                         dataset=dataset,
                         model=model,
                         method=arm.method,
-                        parameters=tuple(arm.parameters_for(effort).items()),
+                        parameters=tuple(arm.parameters_for(model, effort).items()),
                         macs=float(budget),
                         scope="all" if dense else self.setting.scope,
                         effort=effort,
@@ -214,21 +225,24 @@ def read(path: Path) -> Paper:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
         table["numbers"] = tuple(_make(Number, n, "numbers") for n in table.get("numbers", ()))
-        table["setting"] = _make(Setting, table.get("setting", {}), "setting")
+        main = table.get("setting", {})
+        table["setting"] = _make(Setting, main, "setting")
+        others = [_make(Setting, main | other, "also") for other in table.pop("also", ())]
         arms = {name: _arm(arm, f"arms.{name}") for name, arm in table.get("arms", {}).items()}
         used = {arm.method for arm in arms.values()}
-        others = [name for name in METHODS if name not in used] if table["setting"].every_method else []
-        table["arms"] = arms | {name: _arm({"label": name, "method": name}, f"arms.{name}") for name in others}
+        rest = [name for name in METHODS if name not in used] if table["setting"].every_method else []
+        table["arms"] = arms | {name: _arm({"label": name, "method": name}, f"arms.{name}") for name in rest}
         table["claims"] = tuple(_make(Claim, claim, "claims") for claim in table.get("claims", ()))
         paper = _make(Paper, table, "the file")
-        _check(paper, path)
+        _check(paper, others, path)
+        paper = replace(_on(paper, paper.setting), also=tuple(_on(paper, other) for other in others))
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from error
     return paper
 
 
 def _arm(table: dict[str, Any], where: str) -> Arm:
-    return _make(Arm, {"parameters": {}, "by_effort": {}, **table}, where)
+    return _make(Arm, {"parameters": {}, "by_model": {}, "by_effort": {}, **table}, where)
 
 
 def _make(kind: type[T], table: dict[str, Any], where: str) -> T:
@@ -241,8 +255,18 @@ def _make(kind: type[T], table: dict[str, Any], where: str) -> T:
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in table.items()})
 
 
-def _check(paper: Paper, path: Path) -> None:
+def _on(paper: Paper, setting: Setting) -> Paper:
+    """Return a paper on one setting, with the claims and budgets that are about it, and check its experiments."""
+    budgets = {claim.id: claim.macs and tuple(m for m in claim.macs if m in setting.macs) for claim in paper.claims}
+    about = tuple(replace(claim, macs=budgets[claim.id]) for claim in paper.claims if budgets[claim.id] != ())
+    found = replace(paper, setting=setting, claims=about)
+    found.experiments()
+    return found
+
+
+def _check(paper: Paper, others: Sequence[Setting], path: Path) -> None:
     """Check what one field says about another."""
+    budgets = [budget for setting in (paper.setting, *others) for budget in setting.macs]
     ids = [claim.id for claim in paper.claims]
     for claim in paper.claims:
         for field, value, legal in (
@@ -250,7 +274,7 @@ def _check(paper: Paper, path: Path) -> None:
             ("metric", claim.metric, METRICS),
             ("treatment", claim.treatment, tuple(paper.arms)),
             *(("controls", control, tuple(paper.arms)) for control in claim.controls),
-            *(("macs", budget, paper.setting.macs) for budget in claim.macs or ()),
+            *(("macs", budget, budgets) for budget in claim.macs or ()),
         ):
             if value not in legal:
                 options = ", ".join(map(str, legal))
@@ -260,12 +284,12 @@ def _check(paper: Paper, path: Path) -> None:
         if claim.margin < 0 or (claim.margin > 0) != (claim.rule == "not worse"):
             raise ValueError(f"claims.{claim.id}: margin is {claim.margin}; it is > 0 with 'not worse', else absent")
     for name, arm in paper.arms.items():
-        if strange := sorted(set(arm.by_effort) - set(EFFORTS)):
-            raise ValueError(f"arms.{name}: by_effort is {strange[0]!r}; legal values are {', '.join(EFFORTS)}")
+        for field, given, known in (("by_effort", arm.by_effort, EFFORTS), ("by_model", arm.by_model, NAMES)):
+            if strange := sorted(set(given) - set(known)):
+                raise ValueError(f"arms.{name}: {field} is {strange[0]!r}; legal values are {', '.join(known)}")
     if paper.notebook != path.stem:
         raise ValueError(f"notebook is {paper.notebook!r}; it must be the file's name, {path.stem!r}")
     if len(set(ids)) < len(ids) or sum(claim.headline for claim in paper.claims) != 1:
         raise ValueError("claims: ids must differ, and exactly one has headline = true")
     if sum(number.headline for number in paper.numbers) > 1:
         raise ValueError("numbers: at most one has headline = true")
-    paper.experiments()
