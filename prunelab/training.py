@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ._checks import NETWORK, NOT_NEGATIVE, POSITIVE, Legal, check, check_fields, instance, integer, one_of, within
+from ._memory import keep_freed_memory
 from ._modes import evaluating
 from .data import Data
 
@@ -211,6 +212,8 @@ def fit(
 
     steps_per_epoch = available // recipe.batch_size
     steps = max(1, round(recipe.epochs * steps_per_epoch))
+    if data.device.type == "cpu":
+        keep_freed_memory()
     began = time.perf_counter()
     hook = hook or Hook()
     _place(net, data).train()
