@@ -182,6 +182,16 @@ def test_the_table_reads_the_store_and_computes_nothing(tmp_path: Path) -> None:
     assert set(table.loc["01_spp"].verdict) == {"not tested here"}
 
 
+def test_recorded_rows_are_the_repositorys_whatever_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRUNELAB_RESULTS", str(tmp_path))
+    paper = claims.load("02")
+    rows = report.recorded(paper, paper.experiments())
+    assert [tuple(cell) for cell in rows[["arm", "macs", "seed"]].to_numpy().tolist()] == list(paper.experiments())
+    assert set(rows.label) == set(paper.labels.values())
+    assert report.recorded(paper, paper.experiments(model="vgg19")).empty
+    assert not list(tmp_path.iterdir())
+
+
 def test_settings_other_than_the_recorded_ones_are_found_in_the_store(tmp_path: Path) -> None:
     store = Store(tmp_path)
     for experiment in claims.load("02").experiments(dataset="digits", effort="smoke", macs=[0.3]).values():
