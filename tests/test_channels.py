@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from prunelab import cost, models
 from prunelab.layers import ZeroPadChannels
@@ -346,6 +347,8 @@ TINY: dict[str, tuple[Net, dict[str, int]]] = {
         {"a": 4},
     ),
 }  # fmt: skip
+if TorchVersion(torch.__version__) < (2, 8):  # its `torch.arange` takes no dtype that is being traced, and says so
+    del TINY["a constant per channel keeps the channels"]
 
 
 def tiny(case: str) -> tuple[Net, Tensor]:
