@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import atexit
 import copy
+import gc
 import json
 import math
 import os
@@ -172,7 +173,13 @@ def _join(group: _Group) -> None:
     if group.device.type == "cuda":
         torch.cuda.set_device(group.device)
     dist.init_process_group("nccl" if group.device.type == "cuda" else "gloo")
-    atexit.register(dist.destroy_process_group)
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    """Leave the group, after whatever refers to it in a cycle: in PyTorch 2.7 its threads could outlive Python."""
+    gc.collect()
+    dist.destroy_process_group()
 
 
 def _parallel(net: nn.Module, group: _Group) -> nn.Module:
