@@ -60,14 +60,14 @@ def list_() -> None:
     """Show the notebooks with their claims and verdicts, and what can be named in their parameters."""
     from prunelab import data, experiments, methods, models, report
 
-    verdicts = report.verdict_table()
-    table = Table("notebook", "claim", "setting", "verdict")
+    verdicts = report.verdict_table().drop_duplicates(["notebook", "claim"])  # on the main setting; `report` has all
+    table = Table("notebook", "claim", "verdict")
     for path in _notebooks():
         own = verdicts[verdicts.notebook == path.stem]
-        for place, (claim, setting, word) in enumerate(zip(own.claim, own.setting, own.verdict, strict=True)):
-            table.add_row("" if place else path.stem, claim, setting, _coloured(word))
+        for place, (claim, word) in enumerate(zip(own.claim, own.verdict, strict=True)):
+            table.add_row("" if place else path.stem, claim, _coloured(word))
         if own.empty:
-            table.add_row(path.stem, "", "", "")
+            table.add_row(path.stem, "", "")
     console.print(table)
     for what, names in (
         ("data sets", data.NAMES),
