@@ -97,6 +97,20 @@ def test_a_claim_about_some_budgets_is_put_where_they_are(tmp_path: Path) -> Non
     assert settings_of_the_claim("[0.5]") == [(0.5,), (0.5,)]  # not on the ResNet
 
 
+def test_a_setting_runs_its_arms_and_what_is_claimed_of_them(tmp_path: Path) -> None:
+    def claims_on_the_resnet(arms: str, controls: str) -> list[tuple[str, ...]]:
+        text = GOOD.replace("[arms.dense]", ALSO).replace('controls = ["b"]', f"controls = {controls}")
+        main, resnet, _ = read(tmp_path, text.replace("macs = [0.25]", f"arms = {arms}")).everywhere
+        assert list(main.arms) == ["dense", "a", "b"]
+        assert list(resnet.arms) == [name for name in main.arms if name in arms]
+        assert {arm for arm, _, _ in resnet.experiments()} == set(resnet.arms)
+        return [claim.controls for claim in resnet.claims]
+
+    assert claims_on_the_resnet('["dense", "a"]', '["b", "dense"]') == [("dense",)]
+    assert claims_on_the_resnet('["dense", "a"]', '["b"]') == []  # no control is left
+    assert claims_on_the_resnet('["dense", "b"]', '["b"]') == []  # nor here the treatment
+
+
 def test_hyper_parameters_depend_on_the_network_and_then_on_the_effort(tmp_path: Path) -> None:
     paper = read(
         tmp_path, GOOD.replace("by_effort.smoke", "by_model.resnet20 = { t = 7, beta = 0.1 }\nby_effort.smoke")
@@ -129,6 +143,7 @@ def test_hyper_parameters_depend_on_the_network_and_then_on_the_effort(tmp_path:
         ("by_effort.smoke", "by_model.lenet", r"arms\.a: by_model is 'lenet'"),
         ("[arms.dense]", "[[also]]\nwidth = 2\n[arms.dense]", r"also: unknown field width"),
         ("[arms.dense]", "[[also]]\nmacs = [2.0]\n[arms.dense]", r"2\.0"),
+        ("[arms.dense]", '[[also]]\narms = ["c"]\n[arms.dense]', r"arms is 'c'; legal values are dense, a, b"),
         ('effort = "smoke"', 'effort = "tiny"', r"effort is 'tiny'"),
         ("seeds = 2", "seed = 2", r"setting: unknown field seed"),
         ("headline = true }", "headline = true, page = 3 }", r"numbers: unknown field page"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -52,6 +52,7 @@ class Setting:
     """What the recorded rows were measured on: the fields of `Experiment`, and seeds 0 to seeds − 1.
 
     With `every_method`, each method of `prunelab.methods` that no arm uses is an arm of its own, with its defaults.
+    `arms` names those that run; None: all.
     """
 
     dataset: str
@@ -62,6 +63,7 @@ class Setting:
     seeds: int
     pretrained: str | None = None
     every_method: bool = False
+    arms: tuple[str, ...] | None = None
 
     def matches(self, dataset: str, model: str, effort: str) -> bool:
         """Return whether rows of these belong to the recorded evidence."""
@@ -114,7 +116,7 @@ class Claim:
 class Paper:
     """One paper: its claim in a sentence, its own numbers, and the comparison that tests it here.
 
-    `also` has the same on further settings, each with those of the claims that are about one of its budgets.
+    `also` has the same on further settings, each with its arms, and the claims that are about these and its budgets.
     """
 
     notebook: str
@@ -256,18 +258,29 @@ def _make(kind: type[T], table: dict[str, Any], where: str) -> T:
 
 
 def _on(paper: Paper, setting: Setting) -> Paper:
-    """Return a paper on one setting, with the claims and budgets that are about it, and check its experiments."""
-    budgets = {claim.id: claim.macs and tuple(m for m in claim.macs if m in setting.macs) for claim in paper.claims}
-    about = tuple(replace(claim, macs=budgets[claim.id]) for claim in paper.claims if budgets[claim.id] != ())
-    found = replace(paper, setting=setting, claims=about)
+    """Return a paper on one setting, with its arms and the claims that are about them, and check its experiments."""
+    arms = {name: arm for name, arm in paper.arms.items() if setting.arms is None or name in setting.arms}
+    found = replace(paper, setting=setting, arms=arms, claims=tuple(_about(paper.claims, setting, arms)))
     found.experiments()
     return found
+
+
+def _about(claims: Sequence[Claim], setting: Setting, arms: Collection[str]) -> Iterator[Claim]:
+    """Yield the claims about some arms and the budgets of a setting, each with those of its own that are there."""
+    for claim in claims:
+        controls = tuple(control for control in claim.controls if control in arms)
+        macs = claim.macs and tuple(budget for budget in claim.macs if budget in setting.macs)
+        if claim.treatment in arms and controls and macs != ():
+            yield replace(claim, controls=controls, macs=macs)
 
 
 def _check(paper: Paper, others: Sequence[Setting], path: Path) -> None:
     """Check what one field says about another."""
     budgets = [budget for setting in (paper.setting, *others) for budget in setting.macs]
     ids = [claim.id for claim in paper.claims]
+    for setting in (paper.setting, *others):
+        if strange := [name for name in setting.arms or () if name not in paper.arms]:
+            raise ValueError(f"setting: arms is {strange[0]!r}; legal values are {', '.join(paper.arms)}")
     for claim in paper.claims:
         for field, value, legal in (
             ("rule", claim.rule, RULES),
