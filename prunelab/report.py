@@ -47,6 +47,11 @@ class Verdict:
     word: str
     differences: pd.DataFrame
 
+    def __str__(self) -> str:
+        """Return the claim, and below it the word with what was measured."""
+        measured = f"   ({self.summary})" if self.summary else ""
+        return f"{self.claim.text}\n    -> {self.word}{measured}"
+
     @property
     def summary(self) -> str:
         """The measured differences in a few words; empty if the claim was not tested."""
