@@ -40,7 +40,8 @@ class Verdict:
         claim: what was claimed.
         word: "holds", "holds in part", "does not hold here" or "not tested here".
         differences: one row per control and budget: control, macs; mean, low, high of treatment − control in points,
-            with the 95% Student-t interval; seeds, the number of pairs; passed, whether low is above the bound.
+            with the 95% Student-t interval; seeds, the number of pairs; passed, whether low is above the bound; failed,
+            whether high is below it. With neither, the matter is open.
     """
 
     claim: Claim
@@ -60,7 +61,8 @@ class Verdict:
         means = self.differences["mean"]
         span = f"{means.min():+.1f}" if len(means) == 1 else f"{means.min():+.1f} to {means.max():+.1f}"
         bound = f"−{self.claim.margin:g}" if self.claim.margin else "0"
-        return f"{span} points; above {bound} in {int(self.differences.passed.sum())} of {len(means)}"
+        above, below = int(self.differences.passed.sum()), int(self.differences.failed.sum())
+        return f"{span} points; above {bound} in {above} of {len(means)}, below in {below}"
 
     @property
     def interval(self) -> str:
@@ -132,8 +134,8 @@ def verdict(claim: Claim, rows: pd.DataFrame) -> Verdict:
             treated = _by_seed(values, claim.treatment, budget)
             pairs = (treated - _by_seed(values, control, 1.0 if control in dense else budget)).dropna()
             mean, low, high = interval(pairs.to_numpy(dtype=float))
-            found.append((control, budget, mean, low, high, len(pairs), low > -claim.margin))
-    columns = ["control", "macs", "mean", "low", "high", "seeds", "passed"]
+            found.append((control, budget, mean, low, high, len(pairs), low > -claim.margin, high < -claim.margin))
+    columns = ["control", "macs", "mean", "low", "high", "seeds", "passed", "failed"]
     differences = pd.DataFrame(found, columns=columns)
     return Verdict(claim, _word(differences), differences)
 

@@ -66,6 +66,10 @@ def test_a_panel_shows_all_that_was_seen_and_cuts_a_far_interval_off(rows: pd.Da
     assert intervals(ax)[1][0] < ax.get_xlim()[0]  # 67 ∓ 25.8 is not
 
 
+def test_every_arm_has_a_look_and_no_look_is_left_over() -> None:
+    assert set(plots.LOOKS) == {arm for paper in claims.load_all() for arm in paper.arms}
+
+
 def test_the_arms_of_a_notebook_can_be_told_apart() -> None:
     for paper in claims.load_all():
         looks = [plots.LOOKS[arm] for arm in paper.arms]

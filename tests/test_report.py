@@ -61,7 +61,8 @@ def test_differences_are_paired_by_seed() -> None:
     decided = report.verdict(BETTER, rows({("a", 0.5): [71, 82, 93], ("b", 0.5): [70, 80, 90]}))
     (only,) = decided.differences.to_dict("records")
     assert (only["mean"], only["low"], only["high"]) == pytest.approx((2, -0.484138, 4.484138), abs=1e-6)
-    assert (only["control"], only["macs"], only["seeds"], only["passed"]) == ("b", 0.5, 3, False)
+    assert (only["control"], only["macs"], only["seeds"]) == ("b", 0.5, 3)
+    assert (only["passed"], only["failed"]) == (False, False)
 
 
 CLEAR, UNCLEAR, WORSE = [72.0, 72.1, 71.9], [71.0, 72.0, 73.0], [60.0, 60.1, 59.9]
@@ -137,9 +138,9 @@ def test_ranks_are_of_each_budget_and_of_the_seeds_that_all_have() -> None:
     assert found.seeds.tolist() == [2, 2, 3, 3]
 
 
-def test_the_summary_says_how_many_differences_passed() -> None:
+def test_the_summary_says_how_many_differences_lie_on_either_side_of_the_bound() -> None:
     found = rows({("a", 0.5): CLEAR, ("a", 0.25): WORSE, ("b", 0.5): [70.0] * 3, ("b", 0.25): [70.0] * 3})
-    assert report.verdict(BETTER, found).summary == "-10.0 to +2.0 points; above 0 in 1 of 2"
+    assert report.verdict(BETTER, found).summary == "-10.0 to +2.0 points; above 0 in 1 of 2, below in 1"
 
 
 def test_the_interval_of_several_differences_is_that_of_all() -> None:
@@ -149,8 +150,8 @@ def test_the_interval_of_several_differences_is_that_of_all() -> None:
     )
     assert report.verdict(BETTER, found).interval == "-10.0 to +4.5"
     one = report.verdict(BETTER, found[found.macs == 0.5])
-    assert (one.interval, one.summary) == ("-0.5 to +4.5", "+2.0 points; above 0 in 0 of 1")
-    assert str(one) == f"{BETTER.text}\n    -> does not hold here   (+2.0 points; above 0 in 0 of 1)"
+    assert (one.interval, one.summary) == ("-0.5 to +4.5", "+2.0 points; above 0 in 0 of 1, below in 0")
+    assert str(one) == f"{BETTER.text}\n    -> does not hold here   (+2.0 points; above 0 in 0 of 1, below in 0)"
     two_seeds = report.verdict(BETTER, found[found.seed < 2])
     assert (two_seeds.interval, two_seeds.summary) == ("", "")
     assert str(two_seeds) == f"{BETTER.text}\n    -> not tested here"
@@ -175,9 +176,9 @@ def test_the_table_reads_the_store_and_computes_nothing(tmp_path: Path) -> None:
     lines = {claim.id: of_filters.loc[claim.text] for claim in claims.load("02").claims}
     smallest, regained = lines["smallest"], lines["regained"]
     assert (smallest.verdict, regained.verdict) == ("holds", "holds")
-    assert smallest["measured here"] == "+1.0 to +1.0 points; above 0 in 3 of 3"
+    assert smallest["measured here"] == "+1.0 to +1.0 points; above 0 in 3 of 3, below in 0"
     assert smallest["95% interval"] == "+1.0 to +1.0"
-    assert regained["measured here"] == "-0.5 points; above −1 in 1 of 1"
+    assert regained["measured here"] == "-0.5 points; above −1 in 1 of 1, below in 0"
     assert regained["paper's number"].startswith("6.6 % (VGG-16-A")
     assert smallest["paper's number"] == ""
     assert smallest.seeds == 3
