@@ -52,6 +52,20 @@ def test_number_of_batch_norm_scales_is_network_slimmings(name: str, scales: int
     assert batch_norm_scales(models.build(name)) == scales
 
 
+def test_vgg11_half_has_half_the_channels_of_vgg11_in_every_layer() -> None:
+    half, whole = models.build("vgg11-half"), models.build("vgg11")
+    widths = [[layer.out_channels for layer in net if isinstance(layer, nn.Conv2d)] for net in (half, whole)]
+    assert [2 * width for width in widths[0]] == widths[1] == [64, 128, 256, 256, 512, 512, 512, 512]
+    by_layer = (
+        3 * 32 * 32**2,
+        32 * 64 * 16**2,
+        (64 * 128 + 128**2) * 8**2,
+        (128 * 256 + 256**2) * 4**2,
+        2 * 256**2 * 2**2,
+    )
+    assert cost.macs(half, CIFAR) == 9 * sum(by_layer) + 256 * 10 == 38_636_032
+
+
 @pytest.mark.parametrize("name", ["convnet", "convnet-bn"])
 def test_convnet_is_cifar10_full(name: str) -> None:
     net = models.build(name)
