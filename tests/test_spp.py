@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from prunelab import cost, data, models
+from prunelab import cost, data, models, scores
 from prunelab.methods import build
+from prunelab.methods.base import space_of
 from prunelab.methods.spp import SPP, Pruning, PruningProbability, increment
 from prunelab.structure import Budget, ChannelSpace, ColumnSpace
 from prunelab.training import Context, Hook, Recipe, State, evaluate, fit
@@ -116,8 +117,8 @@ def test_several_units_that_reach_one_together_go_weakest_first_and_stop_at_the_
     layer = PruningProbability(4, 2, SPP(A=1.0, u=0.9, margin=0.25, recovery=False))
     layer.p[:] = 0.99
     layer.update(np.array([3.0, 1.0, 2.0, 4.0]))  # ranks 2, 0, 1, 3: the three weakest reach 1
-    assert layer.p.tolist()[:3] != [0.99] * 3
     assert np.flatnonzero(layer.gone).tolist() == [1, 2]
+    assert layer.p == pytest.approx([0.99, 1.0, 1.0, 0.99])  # the third stays, and p = 1 would scale it to zero
 
 
 def test_forced_finish_takes_the_likeliest_and_of_equals_the_weaker() -> None:
@@ -190,6 +191,48 @@ def test_every_step_hides_columns_as_the_paper_says(digits: data.Data, trained: 
     recipe = Recipe(epochs=2, lr=0.01, schedule="constant", batch_size=32)
     fit(net, digits, recipe, seed=0, hook=watching, progress=False)
     assert watching.hidden_once > 30
+
+
+@pytest.mark.parametrize("unit", ["columns", "filters"])
+def test_a_layer_that_finishes_zeroes_what_goes_and_scales_the_rest_once(
+    unit: str, digits: data.Data, trained: nn.Module
+) -> None:
+    net = copy.deepcopy(trained)
+    space = space_of(unit, net, digits.example)
+    pruning = Pruning(space, {group.name: group.size // 2 for group in space.groups}, SPP(unit=unit))
+    rng = np.random.default_rng(0)
+    for layer in pruning.layers.values():
+        layer.p = rng.random(len(layer.p))
+    gates = torch.from_numpy(np.concatenate([1 - layer.p for layer in pruning.layers.values()]))
+    scaled = copy.deepcopy(net)
+    space.apply_gates(scaled, gates)
+
+    assert not pruning.finish()  # no layer had come to its count by itself
+    for layer in pruning.layers.values():
+        assert layer.p.tolist() == layer.gone.astype(float).tolist()
+    plan = space.plan({name: np.flatnonzero(~layer.gone).tolist() for name, layer in pruning.layers.items()})
+    space.apply_gates(scaled, space.gates(plan))
+    for left, expected in zip(net.parameters(), scaled.parameters(), strict=True):
+        torch.testing.assert_close(left, expected)
+
+    settled = copy.deepcopy(net)
+    assert pruning.finish()
+    for left, again in zip(net.parameters(), settled.parameters(), strict=True):
+        assert torch.equal(left, again)
+
+
+@pytest.mark.parametrize("unit", ["columns", "filters"])
+def test_a_unit_that_is_paid_for_is_not_zero(unit: str, digits: data.Data, trained: nn.Module) -> None:
+    net = copy.deepcopy(trained)
+    space = space_of(unit, net, digits.example)
+    settings = SPP(unit=unit, A=1.0, u=0.9, margin=0.3, recovery=False)
+    pruning = Pruning(space, {group.name: group.size // 2 for group in space.groups}, settings)
+    for layer in pruning.layers.values():
+        layer.p[:] = 0.99  # with such steps more units reach 1 than may go
+    pruning.refresh()
+    assert pruning.finish()
+    for name, norm in scores.l1(space).items():
+        assert norm.count_nonzero() == (~pruning.layers[name].gone).sum()
 
 
 def test_masks_are_drawn_with_the_right_probability(digits: data.Data, trained: nn.Module) -> None:

@@ -72,9 +72,12 @@ class PruningProbability:
         change = increment(ranks, aim - int(self.gone.sum()), self.settings.A, self.settings.u)
         if not self.settings.recovery:
             change = np.maximum(change, 0)
+        before = self.p.copy()
         self.p[order] = np.clip(self.p[order] + change, 0, 1)
+        certain = order[self.p[order] >= 1]
         left = self.remove - int(self.gone.sum())
-        self.gone[order[self.p[order] >= 1][:left]] = True
+        self.gone[certain[:left]] = True
+        self.p[certain[left:]] = before[certain[left:]]  # the count is full: who stays is not certain to go
 
     def finish(self) -> None:
         """Remove what is still missing from the count: the units most likely to go, the weaker of two equals first."""
