@@ -153,7 +153,7 @@ def verify(
     recorded seeds of the same experiment if that is more.
     """
     from prunelab import claims, report
-    from prunelab.experiments import Experiment, Store, run
+    from prunelab.experiments import Store, run
 
     known = Store().rows()
     keys = {key for key, row in known.items() if dataset in (None, row["dataset"])}
@@ -161,7 +161,7 @@ def verify(
         found = report.found(claims.load(notebook), known.values())
         keys &= {experiment.key for cells in found for experiment in cells.values()}
     chosen = sorted(keys) if every else random.Random(seed).sample(sorted(keys), min(sample, len(keys)))
-    wanted = _at_hand([Experiment.of(known[key]) for key in chosen])
+    wanted = _at_hand([known[key] for key in chosen])
     if not wanted:
         raise ValueError(f"nothing to verify among {len(keys)} recorded rows")
     with tempfile.TemporaryDirectory() as folder:
@@ -190,8 +190,10 @@ def zoo_() -> None:
     from tqdm import tqdm
 
     from prunelab import zoo
+    from prunelab.experiments import Store
 
-    lacking = [experiment for experiment in zoo.entries() if not zoo.path(experiment).exists()]
+    known = Store().rows()
+    lacking = [known[e.key] for e in zoo.entries() if e.key in known and not zoo.path(e).exists()]
     for experiment in tqdm(_at_hand(lacking), desc="zoo", unit="network", leave=False):
         zoo.keep(experiment)
     found = [path for experiment in zoo.entries() if (path := zoo.path(experiment)).exists()]
@@ -315,18 +317,31 @@ def _coloured(word: str) -> str:
 # --- verify -----------------------------------------------------------------------------------------------------------
 
 
-def _at_hand(experiments: Iterable[Experiment]) -> list[Experiment]:
-    """Return the experiments whose data can be loaded; name the others."""
-    from prunelab import data
+def _at_hand(rows: Iterable[Row]) -> list[Experiment]:
+    """Return the experiments of the rows whose images are at hand; name the others."""
+    from prunelab.experiments import Experiment
 
     found = []
-    for experiment in experiments:
-        try:
-            data.load(experiment.dataset)
+    for row in rows:
+        experiment = Experiment.of(row)
+        if reason := _not_at_hand(experiment, row):
+            console.print(f"skipped {experiment}: {reason}", markup=False, highlight=False, soft_wrap=True)
+        else:
             found.append(experiment)
-        except FileNotFoundError as error:
-            console.print(f"skipped {experiment}: {error}", markup=False, highlight=False, soft_wrap=True)
     return found
+
+
+def _not_at_hand(experiment: Experiment, row: Row) -> str:
+    """Return why the images of a row cannot be had; empty if they can."""
+    from prunelab.experiments import loaded
+
+    try:
+        images, *_ = [loaded(name) for name in (experiment.dataset, experiment.pretrained) if name]
+    except FileNotFoundError as error:
+        return str(error)
+    if images.digest.startswith(row["data_digest"]):
+        return ""
+    return f"recorded on other images ({row['data_source']}) than those at hand ({images.source})"
 
 
 def _spread(experiment: Experiment, known: Mapping[str, Row]) -> float:

@@ -364,7 +364,7 @@ def _drawn(base: Experiment, images: data.Data) -> nn.Module:
 
 def _weights_path(base: Experiment) -> Path:
     """Name the file after the images too: under one data set's name there may be others, such as re-encoded ones."""
-    images = loaded(base.dataset).digest[:8]
+    images = "-".join(loaded(name).digest[:8] for name in (base.dataset, base.pretrained) if name)
     name = f"{base.dataset}-{images}-{base.model}-{base.effort}-{base.seed}-{base.key}.safetensors"
     return cache_folder() / "weights" / name.replace(os.sep, "_")
 

@@ -52,7 +52,7 @@ RECIPES: dict[str, Setting] = {
     ),
     "resnet50": Setting(
         Recipe(90, 0.1, "step", 256, 0.9, False, 1e-4, (1 / 3, 2 / 3)),
-        "Rethinking's released code; notes on ABCPruner give the same numbers, and the momentum",
+        "Rethinking's released code; the momentum as it has on CIFAR",
     ),
     "mobilenet_v2": Setting(
         Recipe(250, 0.8, "one-cycle", 2048, 0.9, True, 4e-5),

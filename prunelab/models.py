@@ -367,11 +367,13 @@ def transfer(net: nn.Module, trained: nn.Module) -> nn.Module:
         trained: may be for other images and other classes, as far as the tensors have the same shapes.
 
     Raises:
-        ValueError: a tensor is missing or has another shape; it is named.
+        ValueError: the network has no linear layer; or a tensor is missing or has another shape, and is named.
     """
-    last = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)][-1]
+    linear = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise ValueError(f"{type(net).__name__} cannot be transferred: it has no linear layer to draw anew")
     own, known = net.state_dict(), trained.state_dict()
-    inherited = [name for name in own if not name.startswith(f"{last}.")]
+    inherited = [name for name in own if not name.startswith(f"{linear[-1]}.")]
     for name in inherited:
         if name not in known or known[name].shape != own[name].shape:
             there = f"is {list(known[name].shape)}" if name in known else "is not there"

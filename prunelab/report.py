@@ -123,7 +123,11 @@ def verdict(claim: Claim, rows: pd.DataFrame) -> Verdict:
     Args:
         claim: what to decide.
         rows: as from `results`; arms that the claim does not name are ignored.
+
+    Raises:
+        ValueError: rows that are to be compared were measured on different images.
     """
+    _check_images(rows[rows.arm.isin([claim.treatment, *claim.controls])])
     values = rows.set_index(["arm", "macs", "seed"])[claim.metric]
     dense = set(rows.arm[rows.method == "dense"])
     tested = rows[rows.arm.isin([claim.treatment, *claim.controls]) & ~rows.arm.isin(dense)]
@@ -138,6 +142,19 @@ def verdict(claim: Claim, rows: pd.DataFrame) -> Verdict:
     columns = ["control", "macs", "mean", "low", "high", "seeds", "passed", "failed"]
     differences = pd.DataFrame(found, columns=columns)
     return Verdict(claim, _word(differences), differences)
+
+
+def _check_images(rows: pd.DataFrame) -> None:
+    """Refuse pairs of which one was recorded on a copy of the data set that was encoded anew, and the other was not."""
+    if "data_digest" not in rows or rows.empty:
+        return
+    for seed, of_seed in rows.groupby("seed"):
+        if of_seed.data_digest.nunique() > 1:
+            sources = " and on ".join(sorted({*of_seed.data_source}))
+            raise ValueError(
+                f"rows of seed {seed} cannot be compared, as they were measured on {sources}: let PRUNELAB_DATA "
+                "name the images of the recorded rows, or PRUNELAB_RESULTS a folder of your own"
+            )
 
 
 def _by_seed(values: pd.Series[float], arm: str, budget: float) -> pd.Series[float]:

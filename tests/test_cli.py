@@ -147,9 +147,15 @@ def test_verify_names_what_cannot_be_verified(repository: Path, monkeypatch: pyt
     absent = replace(DENSE, dataset="flowers17")
     row = {"key": absent.key, "parameters": {}, "test_tuned": 50.0}
     row |= {"dataset": "flowers17", "model": "convnet-bn", "method": "dense", "macs": 1.0, "scope": "all"}
-    Store().add(row | {"effort": "smoke", "seed": 0})
-    shown = call("verify")
+    row |= {"effort": "smoke", "seed": 0, "data_digest": "8ef740931490dd80"}
+    Store().add(row)
+    moved = replace(DENSE, pretrained="flowers17")
+    Store().add(row | {"key": moved.key, "dataset": "digits", "pretrained": "flowers17"})
+    others = row | {"key": DENSE.key, "dataset": "digits", "data_digest": "0123456789abcdef", "data_source": "a copy"}
+    Store().add(others)
+    shown = call("verify", "--all")
     assert shown.exit_code == 2
-    assert "flowers17 is not at hand" in shown.stdout
+    assert shown.stdout.count("flowers17 is not at hand") == 2
+    assert "recorded on other images (a copy) than those at hand (scikit-learn" in shown.stdout
     assert "unknown notebook" not in shown.stderr
     assert "no claims for notebook '99'" in call("verify", "99").stderr

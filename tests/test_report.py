@@ -143,6 +143,18 @@ def test_the_summary_says_how_many_differences_lie_on_either_side_of_the_bound()
     assert report.verdict(BETTER, found).summary == "-10.0 to +2.0 points; above 0 in 1 of 2, below in 1"
 
 
+def test_rows_of_different_images_are_not_compared() -> None:
+    found = rows({("a", 0.5): CLEAR, ("b", 0.5): UNCLEAR, ("c", 0.5): UNCLEAR})
+    found = found.assign(data_digest="1", data_source="image archive (JPEG)")
+    unlike = {"data_digest": "2", "data_source": "torchvision"}
+    for arm, seed in (("c", 0), ("a", 3)):  # an arm that is not compared; a seed that has no pair
+        found = pd.concat([found, found[(found.arm == arm) & (found.seed == 0)].assign(seed=seed, **unlike)])
+    assert report.verdict(BETTER, found).word == "does not hold here"
+    found.loc[(found.arm == "b") & (found.seed == 2), list(unlike)] = list(unlike.values())
+    with pytest.raises(ValueError, match=r"rows of seed 2 .* measured on image archive \(JPEG\) and on torchvision"):
+        report.verdict(BETTER, found)
+
+
 def test_the_interval_of_several_differences_is_that_of_all() -> None:
     # a - b is 1, 2, 3 at a half: 2 ∓ 4.3027/√3; and -10 each time at a quarter
     found = rows(
