@@ -29,6 +29,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+from prunelab._checks import check, integer
 from prunelab.experiments import Experiment, Row, Store, base_network, compute, missing, recorded, untrained
 
 try:
@@ -70,8 +71,7 @@ def run(
             of a scheduler, or a worker has several threads and no GPU.
         RuntimeError: experiments failed; they are named. The rows of all others are in the store.
     """
-    if retries < 0:
-        raise ValueError(f"retries is {retries}: it must be an integer >= 0")
+    check("retries", retries, integer(0))
     wanted, store = list(dict.fromkeys(experiments)), store or Store()
     if lacking := missing(wanted, store):
         with ExitStack() as stack:

@@ -15,13 +15,14 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
+from prunelab._checks import check, within
 from prunelab.training import Hook, State
 
-Masks = Mapping[str, Tensor]
+WeightMasks = Mapping[str, Tensor]
 """For the weight of each convolution, by its name, True where it stays."""
 
 
-def smallest_removed(net: nn.Module, ratio: float, masks: Masks | None = None) -> Masks:
+def smallest_removed(net: nn.Module, ratio: float, masks: WeightMasks | None = None) -> WeightMasks:
     """Return masks without the fraction `ratio` of the weights of least |w| that are still there, network-wide.
 
     Rounds compound, as in the released code: twice 0.5 leaves a quarter. Of n weights ⌊ratio · n⌋ go, in exact
@@ -33,10 +34,9 @@ def smallest_removed(net: nn.Module, ratio: float, masks: Masks | None = None) -
         masks: what earlier rounds left; None: everything.
 
     Raises:
-        ValueError: the ratio is outside its range, or there is no convolution.
+        ValueError: the ratio is none, or there is no convolution.
     """
-    if not 0 <= ratio < 1:
-        raise ValueError(f"ratio={ratio}: the fraction of the weights to remove must be in [0, 1)")
+    check("ratio", ratio, within("[0, 1)"))
     weights = convolutions(net)
     masks = masks or {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
     sizes = torch.cat([torch.where(masks[name], w.abs(), torch.inf).flatten() for name, w in weights.items()])
@@ -46,7 +46,7 @@ def smallest_removed(net: nn.Module, ratio: float, masks: Masks | None = None) -
     return {name: part.view_as(weights[name]) for name, part in zip(weights, kept, strict=True)}
 
 
-def ticket(initial: nn.Module, masks: Masks) -> nn.Module:
+def ticket(initial: nn.Module, masks: WeightMasks) -> nn.Module:
     """Return the winning ticket: a copy of the network before its training, zero where the masks are False."""
     net = copy.deepcopy(initial)
     for name, weight in convolutions(net).items():
@@ -54,7 +54,7 @@ def ticket(initial: nn.Module, masks: Masks) -> nn.Module:
     return net
 
 
-def redrawn(initial: nn.Module, masks: Masks, seed: int) -> nn.Module:
+def redrawn(initial: nn.Module, masks: WeightMasks, seed: int) -> nn.Module:
     """Return the control: the ticket with new weights in its convolutions, w ~ N(0, 2·C_in / weights that stay).
 
     That is He et al.'s variance, 2 over the fan-out, for the fan-out that is left. Everything else is as at the start.
@@ -74,7 +74,7 @@ class Masked(Hook):
     passes through exactly 0 is lost. Here the masks are fixed and applied after each step.
     """
 
-    def __init__(self, masks: Masks) -> None:
+    def __init__(self, masks: WeightMasks) -> None:
         self.masks = masks
 
     def start(self, state: State) -> None:

@@ -136,35 +136,31 @@ def use_style() -> None:
     )
 
 
-def accuracy_against_macs(
-    rows: pd.DataFrame, labels: Mapping[str, str] | None = None, ax: Axes | None = None, metric: str = "test_tuned"
-) -> Axes:
+def accuracy_against_macs(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Draw accuracy against the fraction of the MACs kept: every seed, the mean, and its 95% interval.
 
-    The dense arm is a line at its mean in a band that spans its seeds: differences inside it are noise.
+    The dense arm is a line at its mean in a band that spans its seeds.
 
     Args:
         rows: as from `report.results`.
-        labels: what the legend calls each arm; default the column `label`.
         ax: where to draw; default new axes.
-        metric: a column in percent.
     """
     ax = ax or plt.subplots()[1]
-    labels = labels or dict(zip(rows.arm, rows.label, strict=True))
+    labels = dict(zip(rows.arm, rows.label, strict=True))
     dense = rows[rows.method == "dense"]
     arms = [arm for arm in dict.fromkeys(rows.arm) if arm not in set(dense.arm)]
     if len(dense):
-        ax.axhspan(dense[metric].min(), dense[metric].max(), color=BLACK, alpha=0.12, linewidth=0)
-        ax.axhline(dense[metric].mean(), color=BLACK, linewidth=1, linestyle="--")
+        ax.axhspan(dense.test_tuned.min(), dense.test_tuned.max(), color=BLACK, alpha=0.12, linewidth=0)
+        ax.axhline(dense.test_tuned.mean(), color=BLACK, linewidth=1, linestyle="--")
     for place, arm in enumerate(arms):
         aside = 2 ** (0.05 * (place - (len(arms) - 1) / 2))  # side by side, not on top of each other
-        _curve(ax, rows[rows.arm == arm], metric, look(arm), aside)
+        _curve(ax, rows[rows.arm == arm], look(arm), aside)
     budgets = sorted(rows.macs[rows.method != "dense"].unique(), reverse=True)
     ax.set_xscale("log", base=2)
     ax.set_xticks(budgets, [_fraction(budget) for budget in budgets])
     ax.xaxis.set_minor_locator(NullLocator())
     ax.invert_xaxis()
-    ax.set(xlabel="MACs kept", ylabel=f"{_metric_name(metric)} (%)")
+    ax.set(xlabel="MACs kept", ylabel=f"{_metric_name('test_tuned')} (%)")
     _legend(ax, {arm: labels[arm] for arm in (*dict.fromkeys(dense.arm), *arms)})
     return ax
 
@@ -223,12 +219,12 @@ def accuracy_panels(rows: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
-def _curve(ax: Axes, rows: pd.DataFrame, metric: str, look: Look, aside: float) -> None:
-    ax.plot(rows.macs * aside, rows[metric], look.marker, color=look.colour, alpha=0.3, markersize=4)
-    means = rows.groupby("macs")[metric].mean()
+def _curve(ax: Axes, rows: pd.DataFrame, look: Look, aside: float) -> None:
+    ax.plot(rows.macs * aside, rows.test_tuned, look.marker, color=look.colour, alpha=0.3, markersize=4)
+    means = rows.groupby("macs").test_tuned.mean()
     ax.plot(means.index * aside, means, color=look.colour, marker=look.marker, markersize=6)
     for macs in means.index:
-        _, low, high = interval(rows[metric][rows.macs == macs].to_numpy())
+        _, low, high = interval(rows.test_tuned[rows.macs == macs].to_numpy())
         ax.vlines(macs * aside, low, high, color=look.colour, linewidth=1.2)
 
 

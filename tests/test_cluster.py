@@ -257,7 +257,7 @@ def test_an_address_without_a_cluster_is_refused_before_any_work(
 
 def test_illegal_settings_are_refused_before_any_work(tiny: None, tmp_path: Path) -> None:
     store = Store(tmp_path / "rows")
-    with pytest.raises(ValueError, match="retries is -1: it must be an integer >= 0"):
+    with pytest.raises(ValueError, match="retries is -1; it must be an integer >= 0"):
         cluster.run(SWEEP, retries=-1, store=store)
     with pytest.raises(ValueError, match="unknown network 'no-net'"):
         cluster.run([*SWEEP, replace(SWEEP[0], model="no-net")], "nowhere", store=store)

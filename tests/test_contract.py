@@ -19,7 +19,7 @@ NETWORKS = {"convnet-bn": 0.5, "resnet20": 0.5}  # name -> width
 BUDGET = Budget(0.5, "conv")
 DENSE = Recipe(epochs=1, lr=0.05, batch_size=64)
 AFTER = Recipe(epochs=2, lr=0.02, batch_size=32)
-QUICK = {"hrank": {"g": 64}, "channel-pruning": {"images": 200}}  # fewer images than the paper's, to be quick
+QUICK = {"hrank": {"g": 64}, "channel-pruning": {"images": 200}}  # fewer images than the defaults, to be quick
 
 digits = cache(lambda: data.load("digits", image_size=16))
 

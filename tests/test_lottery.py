@@ -115,7 +115,7 @@ def test_a_weight_that_passes_through_zero_is_not_lost() -> None:
 
 @pytest.mark.parametrize("ratio", [1.0, -0.1])
 def test_illegal_input_is_refused(ratio: float) -> None:
-    with pytest.raises(ValueError, match=rf"ratio={ratio}: the fraction of the weights to remove must be in \[0, 1\)"):
+    with pytest.raises(ValueError, match=rf"ratio is {ratio}; it must be .*\[0, 1\)"):
         smallest_removed(two_layers(), ratio)
     with pytest.raises(ValueError, match="Linear has no convolution"):
         smallest_removed(nn.Linear(2, 2), 0.5)

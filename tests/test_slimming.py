@@ -186,9 +186,9 @@ def test_the_cap_keeps_part_of_every_layer() -> None:
     assert scores.tolist() == [1, math.inf, math.inf, 0]
 
 
-@pytest.mark.parametrize(("fraction", "cap"), [(1.0, 1.0), (-0.1, 1.0), (0.5, 0.0), (0.5, 1.1)])
+@pytest.mark.parametrize(("fraction", "cap"), [(1.0, 1.0), (-0.1, 1.0), ("0.4", 1.0), (0.5, 0.0), (0.5, 1.1)])
 def test_an_illegal_fraction_is_named(fraction: float, cap: float) -> None:
-    with pytest.raises(ValueError, match=r"(fraction|cap)=.*: it must be in"):
+    with pytest.raises(ValueError, match=r"(fraction|cap) is .*; it must be in"):
         threshold_plan(chain(2, 2)[1], fraction, cap)
 
 

@@ -52,13 +52,14 @@ class ABCPruner:
     budget. Residual streams stay whole. Batch norm is inherited with its filters, which the released code does not do.
 
     alpha: α, the largest fraction of a layer that is kept, in tenths from 0.1 to 1.
-    sources: n >= 1, and >= 2 if there are cycles; 3 in the paper.
-    cycles: T >= 0; 2 in the paper. With 0 the best of n random structures is the result, the control.
-    limit: M >= 0 failures in a row after which a source is given up; 2 in the paper.
+    sources: n >= 1, and >= 2 if there are cycles. Accounts of the paper have 2, 3 and 2 for T,
+        n and M, in an order that is not certain; the released code's defaults are 10, 10 and 5.
+    cycles: T >= 0. With 0 the best of n random structures is the result, the control.
+    limit: M >= 0 failures in a row after which a source is given up.
     changed: layers that a bee changes, >= 1; 2 in the released code.
     inherit: "random" filters, those of largest "l1" norm, or "none": the initial weights, before any training.
     share: of the context's epochs, in (0, 1], that the search may take, in equal parts for at most n + T·(2n + 1)
-        trainings. The paper takes two epochs for each.
+        trainings. The released code takes two epochs for each.
 
     Raises ValueError naming the field, its value and the legal values; when called, for a budget that is out of reach:
     because of α, naming what α allows, or because one unit of each layer must stay.

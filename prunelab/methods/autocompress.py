@@ -40,12 +40,13 @@ SMALLEST = 1e-3  # rate, before rescaling, so that every group can be made to lo
 class AutoCompress:
     """Search rates, prune by ADMM, retrain what is left, purify: round after round, each of about 2x.
 
-    Every round has four steps of search, sampling an action (the rates of all groups), a quick evaluation, accepting or
-    refusing it, and the decision: the best action seen is what ADMM then prunes to. Larger layers lose at least as
-    large a share as smaller ones, which guides the sampling; filters and columns are ordered apart.
+    Every round has four steps of search, as a review of the paper tells: sampling an action (the rates of all groups),
+    a quick evaluation, accepting or refusing it, and the decision: the best action seen is what ADMM then prunes to.
+    Larger layers lose at least as large a share as smaller ones, which guides the sampling; filters and columns are
+    ordered apart.
 
-    The text of the paper behind its first page could not be read, and its training code was not released. So these are
-    choices, some of them those of NNI or of the same group's ADMM code: how many rounds (each about halves the cost);
+    Known are the paper's first page and that review; the training code was not released. So these are choices, some of
+    them those of NNI or of the same group's ADMM code: how many rounds (each about halves the cost);
     rates from U(0, 1), changed by U(−m, m) with m = perturbation·T / start_temperature; all rates multiplied by one
     factor that takes the cost to the round's target, where NNI counts weights; T in accuracy points, falling by the
     same factor after every evaluation; ρ, from 1e-3 and times 1.3 at each update, the same group's, as AutoCompress's

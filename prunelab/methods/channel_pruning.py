@@ -49,7 +49,7 @@ class ChannelPruning:
     positions: of the output map per image, drawn anew for each image, without replacement: a smaller map gives all it
         has; >= 1. (The released code shares ten among ten images, and may repeat some.)
     ratios: {group: how much it keeps relative to others, > 0}: round(r·ratio·size) channels with the largest r that
-        meets the budget, at least one; groups not named stay whole. `RATIOS` has the paper's. None: the same share
+        meets the budget, at least one; groups not named stay whole. `RATIOS` has published ones. None: the same share
         everywhere.
 
     Raises ValueError naming a field, its value and the legal ones. A call raises it for unknown groups, for a budget
@@ -137,7 +137,7 @@ class ChannelPruning:
         return lasso(torch.stack(grams).sum(0), torch.stack(qs).sum(0), norms, count)
 
 
-# -- the paper's ratios -----------------------------------------------------------------------------------------------
+# -- published ratios -------------------------------------------------------------------------------------------------
 
 _SENSITIVE = {(1, 0), (2, 0), (2, 3), (3, 0), (3, 5), (4, 0), (4, 1), (4, 2)}
 
@@ -164,4 +164,5 @@ RATIOS: dict[str, dict[str, float]] = {
     "vgg16": {f"conv{i}": 1.0 if i <= 7 else 1.5 for i in range(1, 11)},
     "resnet50": _resnet50(),
 }
-"""The paper's rules for `ChannelPruning.ratios`, for our VGG-16 (conv5_x stays whole) and torchvision's ResNet-50."""
+"""Published rules for `ChannelPruning.ratios`: the paper's for our VGG-16 (conv5_x stays whole), and for torchvision's
+ResNet-50 what fits the released network."""

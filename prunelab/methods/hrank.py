@@ -34,7 +34,7 @@ class HRank:
     write a unit, they lose the same filters, by the mean of the ranks in all places. Hidden linear layers stay whole.
     The published code keeps each layer's best epoch on the test images; here the last one counts.
 
-    g: images, >= 1, drawn and augmented as in training; 640 in the published code.
+    g: images, >= 1, drawn and augmented as in training; 640 in the published code, 500 are ours.
     selection: which filters stay: those of "highest" rank; as controls those of "lowest", or "random" ones, drawn by
         the context's seed.
     rates: {group: fraction to remove, in [0, 1)}, the paper's compress rate: floor(rate·C) of C filters go, in exact

@@ -18,7 +18,7 @@ from prunelab.training import Context
 class Random:
     """Remove the same share of every group, drawn uniformly by the context's seed, so that the budget is met.
 
-    unit: "filters" or "columns".
+    unit: what goes, a key of `methods.base.SPACES`: "filters", "columns", "filters+columns" or "blocks".
 
     Raises ValueError for another unit.
     """

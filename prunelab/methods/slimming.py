@@ -16,7 +16,7 @@ from typing import Any, ClassVar, get_args
 import torch
 from torch import Tensor, nn
 
-from prunelab._checks import FRACTION, NOT_NEGATIVE, POSITIVE, check_fields, integer, one_of
+from prunelab._checks import FRACTION, NOT_NEGATIVE, POSITIVE, check, check_fields, integer, one_of, within
 from prunelab.layers import ChannelSelection
 from prunelab.methods.base import Pruned
 from prunelab.structure import Budget, ChannelSpace, Plan
@@ -189,12 +189,8 @@ def threshold_plan(space: ChannelSpace, fraction: float, cap: float = 1.0) -> Pl
     Raises:
         ValueError: a fraction outside its range, or a layer that no batch norm scales.
     """
-    for name, value, legal, valid in (
-        ("fraction", fraction, "[0, 1)", 0 <= fraction < 1),
-        ("cap", cap, "(0, 1]", 0 < cap <= 1),
-    ):
-        if not valid:
-            raise ValueError(f"{name}={value}: it must be in {legal}")
+    check("fraction", fraction, within("[0, 1)"))
+    check("cap", cap, FRACTION)
     scores = space.scores("bn_scale")
     pooled = torch.cat(list(scores.values())).sort().values
     threshold = pooled[int(len(pooled) * Fraction(str(fraction)))]

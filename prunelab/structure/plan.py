@@ -19,7 +19,7 @@ class Plan:
     """The units that stay: what every method produces, and all that is needed to cut the same network again.
 
     Attributes:
-        space: what the units are, "channels" or "columns".
+        space: what the units are: "channels", "columns", "rows+columns" or "blocks".
         sizes: units per group before the cut.
         keep: sorted indices of the units that stay, in [0, size); at least one per group, but a group of a single unit
             may be gone as a whole where its space allows it.
