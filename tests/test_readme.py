@@ -1,0 +1,36 @@
+"""The README's own example, run as it stands there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prunelab import Plan, cost
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_the_example_prunes_saves_loads_and_exports_one_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.M | re.S)
+    lines = [
+        line for block in blocks for line in block.splitlines() if "deploy.report" not in line
+    ]  # times for minutes
+    assert len(lines) == sum(block.count("\n") for block in blocks) - 1
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile("\n".join(lines), str(README), "exec"), names)
+
+    picture = torch.zeros(1, 3, 224, 224)
+    half = 0.5 * cost.macs(names["net"], picture)
+    assert 0.95 * half < cost.macs(names["small"], picture) <= half
+    assert float(capsys.readouterr().out.split("%")[0]) == pytest.approx(
+        100 * cost.macs(names["small"], picture) / (2 * half), abs=0.05
+    )
+    assert Plan.load("plan.json") == names["plan"]
+    assert {path.name for path in tmp_path.iterdir()} >= {"plan.json", "small.safetensors", "small.onnx"}
