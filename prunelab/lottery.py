@@ -34,7 +34,7 @@ def smallest_removed(net: nn.Module, ratio: float, masks: WeightMasks | None = N
         masks: what earlier rounds left; None: everything.
 
     Raises:
-        ValueError: the ratio is none, or there is no convolution.
+        ValueError: the ratio is not in [0, 1), or there is no convolution.
     """
     check("ratio", ratio, within("[0, 1)"))
     weights = convolutions(net)
