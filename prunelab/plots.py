@@ -276,6 +276,20 @@ def paired_differences(verdict: Verdict, labels: Mapping[str, str], ax: Axes | N
     return ax
 
 
+def kept_by_network(kept: pd.DataFrame, title: str) -> Axes:
+    """Draw how much stays of each layer, in a row for each network.
+
+    Args:
+        kept: in percent, [networks, layers]; both are named by their labels.
+        title: of the picture.
+    """
+    ax = plt.subplots(figsize=(max(6.0, 2.4 + 0.6 * kept.shape[1]), 0.9 + 0.32 * len(kept)))[1]
+    sns.heatmap(kept, annot=True, fmt=".0f", cmap="viridis", vmin=0, vmax=100, ax=ax)
+    ax.set(title=title, ylabel="")
+    ax.tick_params(length=0)
+    return ax
+
+
 def kept_per_layer(plan: Plan, ax: Axes | None = None) -> Axes:
     """Draw, for each group of a plan, how many of its units stay, in percent and as a count."""
     ax = ax or plt.subplots(figsize=(SIZE[0], 0.9 + 0.3 * len(plan.sizes)))[1]

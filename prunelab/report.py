@@ -29,6 +29,8 @@ COLUMNS = [
 ]
 MARKERS = "<!-- verdicts:begin -->", "<!-- verdicts:end -->"
 
+NAMED = ["arm", "label", "method", "macs", "seed", "data_source", "data_digest", *claims.METRICS]
+
 Cells = Mapping[tuple[str, float, int], Experiment]
 
 
@@ -109,7 +111,7 @@ def _named(paper: Paper, experiments: Cells, known: Mapping[str, Mapping[Any, An
         for (arm, _, _), experiment in experiments.items()
         if experiment.key in known
     ]
-    return pd.DataFrame(found, columns=None if found else ["arm", "label", "method", "macs", "seed", *claims.METRICS])
+    return pd.DataFrame(found, columns=None if found else NAMED)
 
 
 def verdict(claim: Claim, rows: pd.DataFrame) -> Verdict:
@@ -146,8 +148,6 @@ def verdict(claim: Claim, rows: pd.DataFrame) -> Verdict:
 
 def _check_images(rows: pd.DataFrame) -> None:
     """Refuse pairs of which one was recorded on a copy of the data set that was encoded anew, and the other was not."""
-    if "data_digest" not in rows or rows.empty:
-        return
     for seed, of_seed in rows.groupby("seed"):
         if of_seed.data_digest.nunique() > 1:
             sources = " and on ".join(sorted({*of_seed.data_source}))

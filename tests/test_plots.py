@@ -66,6 +66,13 @@ def test_a_panel_shows_all_that_was_seen_and_cuts_a_far_interval_off(rows: pd.Da
     assert intervals(ax)[1][0] < ax.get_xlim()[0]  # 67 ∓ 25.8 is not
 
 
+def test_shares_of_layers_are_printed_in_percent_a_row_for_each_network() -> None:
+    kept = pd.DataFrame({"conv1": [25.4, 100.0], "conv2": [62.6, 7.0]}, index=["first", "second"])
+    axes = plots.kept_by_network(kept, "a title")
+    assert [text.get_text() for text in axes.texts] == ["25", "63", "100", "7"]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["first", "second"]
+
+
 def test_every_arm_has_a_look_and_no_look_is_left_over() -> None:
     assert set(plots.LOOKS) == {arm for paper in claims.load_all() for arm in paper.arms}
 
