@@ -120,7 +120,7 @@ def test_verify_passes_a_true_row_and_fails_a_false_one(repository: Path) -> Non
     assert "nothing to verify among 0 recorded rows" in call("verify", "--dataset", "cifar10").stderr
     shown = call("verify", "--dataset", "digits", "--all")
     assert shown.exit_code == 0
-    assert "1 of 1 rows are the same, of 1 recorded" in shown.stdout
+    assert "1 identical, 0 close, 0 differs: 1 of 1 recorded rows" in shown.stdout
     (path,) = store.folder.glob("*.jsonl")
     path.write_text(json.dumps(true | {"test_tuned": true["test_tuned"] - 1}) + "\n")
     shown = call("verify")
@@ -128,18 +128,29 @@ def test_verify_passes_a_true_row_and_fails_a_false_one(repository: Path) -> Non
     assert "differs" in shown.stdout
 
 
-def test_verify_allows_what_the_seeds_differ_by(repository: Path) -> None:
+def test_verify_allows_what_two_seeds_differ_by(repository: Path) -> None:
     true = compute(DENSE)
-    false = true | {"test_tuned": true["test_tuned"] - 1}
-    other = replace(DENSE, seed=1)
-    for gap, code in ((2.0, 0), (0.5, 1)):  # standard deviations of √2 and 0.35 points
-        rows = [false, true | {"key": other.key, "seed": 1, "test_tuned": false["test_tuned"] - gap}]
+    wrong = true["test_tuned"] - 1
+    drawn = {s: cli.random.Random(s).sample(sorted(replace(DENSE, seed=n).key for n in range(4)), 1) for s in range(99)}
+    chosen = next(s for s, keys in drawn.items() if keys == [DENSE.key])
+    for gap, code in ((0.4, 0), (0.2, 1)):  # t(3 degrees of freedom) = 3.182: 3.182·√2·gap·√(2/3) = 1.47 and 0.73
+        found = {0: wrong, 1: wrong - gap, 2: wrong, 3: wrong + gap}
+        rows = [true | {"key": replace(DENSE, seed=n).key, "seed": n, "test_tuned": found[n]} for n in found]
         Store().folder.mkdir(exist_ok=True)
         (Store().folder / "digits-convnet-bn.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        drawn = next(
-            s for s in range(9) if cli.random.Random(s).sample(sorted([DENSE.key, other.key]), 1) == [DENSE.key]
-        )
-        assert call("verify", "--sample", "1", "--seed", str(drawn)).exit_code == code
+        assert call("verify", "--sample", "1", "--seed", str(chosen)).exit_code == code
+
+
+def test_the_spread_over_seeds_is_pooled_over_what_is_alike() -> None:
+    arm = replace(DENSE, method="l1", macs=0.5, scope="conv")
+    other = replace(arm, method="random")
+    alike = {replace(arm, seed=n): 70.0 + n for n in range(3)} | {replace(other, seed=n): 80.0 for n in range(3)}
+    tighter = {replace(arm, macs=0.25, seed=n): 50.0 + 9 * n for n in range(3)}
+    longer = {replace(arm, effort="brief", seed=n): 50.0 + 9 * n for n in range(3)}
+    # s² = (2 + 0) / 4 with t(4 degrees of freedom) = 2.776: 2.776·√(2·½)
+    assert cli._between_seeds(arm, alike | tighter | longer) == pytest.approx(2.776, abs=5e-4)
+    assert cli._between_seeds(replace(other, seed=7), alike) == cli._between_seeds(arm, alike)
+    assert cli._between_seeds(arm, {arm: 70.0, other: 80.0}) == 0
 
 
 def test_verify_names_what_cannot_be_verified(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
