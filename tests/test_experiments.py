@@ -187,7 +187,9 @@ def test_every_method_spends_the_same_effort_and_meets_the_budget(tiny: None, ex
     assert found["epochs"] == pytest.approx(EFFORTS["smoke"].after.epochs, abs=1.5 * one_step)
     assert 0 <= found["epochs_pruning"] <= found["epochs"]
     kept = found["macs_conv"] / found["dense_macs_conv"]
-    assert experiment.macs - 0.01 <= kept <= experiment.macs
+    space, budget = ChannelSpace(models.build("convnet-bn", shape=images.shape), images.example), Budget(0.5, "conv")
+    filters = [1 - space.spent(budget)(space.widths({g.name: g.size - 1})) for g in space.groups]
+    assert experiment.macs - max(filters) < kept <= experiment.macs  # which filters go last depends on the machine
     assert (found["parameter_count"] < found["dense_parameter_count"]) == (experiment.macs < 1)
     assert found["data_digest"] == images.digest[:16]
     assert Experiment.of(json.loads(json.dumps(found))) == experiment
