@@ -354,7 +354,7 @@ def _verdicts(table: pd.DataFrame) -> str:
     return "\n".join(
         [
             f"{sum(len(paper.claims) for paper in papers)} claims, {len(table)} verdicts, as some claims are put to the"
-            f" test on two networks: {count}. The main one of each notebook:\n",
+            f" test in two settings: {count}. The main one of each notebook:\n",
             markdown(linked[headline].drop(columns="setting")),
             f"\n<details><summary>All {len(table)} verdicts, with their settings</summary>\n",
             markdown(linked),
