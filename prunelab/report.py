@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -269,7 +270,11 @@ def verdict_table(store: Store | None = None, *, recorded: bool = True) -> pd.Da
 
 
 def found(paper: Paper, rows: Iterable[Row]) -> list[Cells]:
-    """Return the experiments of a paper for each data set, network and effort that there are rows of."""
+    """Return the experiments of a paper for each data set, network and effort that there are rows of.
+
+    Of the budgets, those at which most of its arms were run: papers share arms, and at the others there may be no more
+    than what another paper needs.
+    """
     rows = [row for row in rows if ("pretrained" in row) == (paper.setting.pretrained is not None)]
     grids: list[Cells] = []
     for setting in dict.fromkeys(map(_setting, rows)):
@@ -281,8 +286,11 @@ def found(paper: Paper, rows: Iterable[Row]) -> list[Cells]:
             dataset=dataset, model=model, effort=effort, seeds=seeds, macs=macs, pretrained=pretrained
         )
         keys = {row["key"] for row in same}
-        if any(experiment.key in keys for experiment in grid.values() if experiment.method != "dense"):
-            grids.append(grid)
+        ran = {cell[:2] for cell, experiment in grid.items() if experiment.key in keys and experiment.method != "dense"}
+        arms = Counter(budget for _, budget in ran)
+        if arms:
+            most = {budget for budget in arms if arms[budget] == max(arms.values())}
+            grids.append({cell: one for cell, one in grid.items() if one.method == "dense" or cell[1] in most})
     return grids
 
 
