@@ -57,6 +57,10 @@ class Effort:
     after: Recipe
     pretraining: str = ""
 
+    def __str__(self) -> str:
+        """Return how long it is."""
+        return f"{self.dense.epochs:g} epochs for the dense network, {self.after.epochs:g} after it"
+
 
 EFFORTS: dict[str, Effort] = {
     # seconds, for the embedded digits

@@ -22,6 +22,8 @@ from prunelab.experiments import RECORDED, Experiment, Row, Store, run
 
 HOLDS, IN_PART, FAILS, NOT_TESTED = WORDS = "holds", "holds in part", "does not hold here", "not tested here"
 
+UNDECIDED = "undecided"  # said of a claim that does not hold here, where no interval lies on the other side either
+
 LEAST_SEEDS = 3
 CONFIDENCE = 0.95
 COLUMNS = [
@@ -65,7 +67,8 @@ class Verdict:
         span = f"{means.min():+.1f}" if len(means) == 1 else f"{means.min():+.1f} to {means.max():+.1f}"
         bound = f"−{self.claim.margin:g}" if self.claim.margin else "0"
         above, below = int(self.differences.passed.sum()), int(self.differences.failed.sum())
-        return f"{span} points; above {bound} in {above} of {len(means)}, below in {below}"
+        counted = f"{span} points; above {bound} in {above} of {len(means)}, below in {below}"
+        return counted if above or below else f"{counted}: {UNDECIDED}"
 
     @property
     def interval(self) -> str:
@@ -358,11 +361,13 @@ def _verdicts(table: pd.DataFrame) -> str:
     headline = [claim.headline and one is paper for paper in papers for one in paper.everywhere for claim in one.claims]
     counts = table.verdict.value_counts()
     count = ", ".join(f"**{word}** {counts.get(word, 0)}" for word in WORDS)
+    undecided = table["measured here"].str.endswith(UNDECIDED).sum()
     linked = table.assign(notebook=[f"[{name}](notebooks/{name}.ipynb)" for name in table.notebook])
     return "\n".join(
         [
             f"{sum(len(paper.claims) for paper in papers)} claims, {len(table)} verdicts, as some claims are put to the"
-            f" test in two settings: {count}. The main one of each notebook:\n",
+            f" test in several settings: {count}. Of those that do not hold here, {undecided} are undecided: no interval"
+            " lies wholly on either side of its bound. The main claim of each notebook:\n",
             markdown(linked[headline].drop(columns="setting")),
             f"\n<details><summary>All {len(table)} verdicts, with their settings</summary>\n",
             markdown(linked),

@@ -161,8 +161,8 @@ def test_the_interval_of_several_differences_is_that_of_all() -> None:
     )
     assert report.verdict(BETTER, found).interval == "-10.0 to +4.5"
     one = report.verdict(BETTER, found[found.macs == 0.5])
-    assert (one.interval, one.summary) == ("-0.5 to +4.5", "+2.0 points; above 0 in 0 of 1, below in 0")
-    assert str(one) == f"{BETTER.text}\n    -> does not hold here   (+2.0 points; above 0 in 0 of 1, below in 0)"
+    assert (one.interval, one.summary) == ("-0.5 to +4.5", "+2.0 points; above 0 in 0 of 1, below in 0: undecided")
+    assert str(one) == f"{BETTER.text}\n    -> does not hold here   ({one.summary})"
     two_seeds = report.verdict(BETTER, found[found.seed < 2])
     assert (two_seeds.interval, two_seeds.summary) == ("", "")
     assert str(two_seeds) == f"{BETTER.text}\n    -> not tested here"
