@@ -103,6 +103,8 @@ def run(
         if not any(name in parameters for parameters in known.values()):
             has = "; ".join(f"{path.stem} has {', '.join(found) or 'none'}" for path, found in known.items())
             raise ValueError(f"unknown parameter {name}: {has}")
+    if any(path.parent.resolve() == out.resolve() for path in chosen):
+        raise ValueError(f"--out is {out}, where the notebooks are: they would be overwritten; name another folder")
     with ExitStack() as stack:
         scheduler = stack.enter_context(_connected(cluster)) if cluster is not None else None
         figures, rows = (out / "figures").resolve(), _emptied(out / "results").resolve() if fresh else None

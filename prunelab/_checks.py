@@ -93,6 +93,12 @@ def check_fields(settings: object, name: str, /, **legal: Legal) -> None:
         check(f"{name}: {field}", getattr(settings, field), values)
 
 
+def check_trainable(name: str, weights: Iterable[Tensor]) -> None:
+    """Raise ValueError if a weight that a method has to train is frozen."""
+    if not all(weight.requires_grad for weight in weights):
+        raise ValueError(f"{name}: a layer that it prunes is frozen; each needs a weight with requires_grad=True")
+
+
 def check_shares(name: str, shares: object, legal: Legal) -> None:
     """Check a mapping {group: share}, or None; ValueError names it, or the group."""
     of_groups = Legal(

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from prunelab._checks import check_trainable
 from prunelab.masks import Masks
 from prunelab.structure import ChannelSpace, ColumnSpace, Plan, RowColumnSpace, Space
 from prunelab.structure.space import Ints, open_ended
@@ -125,6 +126,7 @@ class ADMM(Masks):
     def start(self, state: State) -> None:
         """Set U = 0 and Z = Π(W)."""
         super().start(state)
+        check_trainable("ADMM", self.projection.weights)
         self.dual = [torch.zeros_like(weight) for weight in self.projection.weights]
         self._project()
 

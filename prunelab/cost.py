@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from prunelab._checks import NETWORK, TENSOR, check, integer, one_of, optional
 from prunelab._modes import evaluating
+from prunelab._modules import tensors_in_place
 from prunelab.layers import ColumnConv2d
 
 Scope = Literal["all", "conv"]
@@ -166,7 +167,7 @@ def _calls(net: nn.Module, example: Tensor) -> list[_Call]:
         terms = layer.weight[0].numel() if isinstance(layer, _COUNTED) else 0
         calls.append(_Call(layer, tuple(output.shape[1:]), output.numel() // len(example) * terms))
 
-    meta = {name: tensor.to("meta") for name, tensor in chain(net.named_parameters(), net.named_buffers())}
+    meta = {name: tensor.to("meta") for name, tensor in tensors_in_place(net).items()}
     with ExitStack() as stack:
         stack.enter_context(evaluating(net))
         stack.enter_context(torch.no_grad())
@@ -174,7 +175,7 @@ def _calls(net: nn.Module, example: Tensor) -> list[_Call]:
         for layer in filter(_holds_parameters, net.modules()):
             stack.callback(layer.register_forward_hook(note).remove)
         try:
-            functional_call(net, meta, example.to("meta"))
+            functional_call(net, meta, example.to("meta"), tie_weights=False)
         except RuntimeError as error:
             raise ValueError(f"the network takes no input of shape {tuple(example.shape)}: {error}") from error
     return calls

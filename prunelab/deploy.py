@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from prunelab import cost, models
 from prunelab._checks import NETWORK, Legal, check, instance, integer, one_of
 from prunelab._files import write_atomically
+from prunelab._modules import replace_module
 from prunelab.layers import ColumnConv2d
 from prunelab.structure import Plan, Space
 from prunelab.structure.tracing import trace
@@ -55,7 +56,7 @@ def fold_batch_norm(net: nn.Module) -> nn.Module:
             layer.weight, layer.bias = fuse_conv_bn_weights(
                 layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
             )
-            folded.set_submodule(str(node.target), nn.Identity().eval())
+            replace_module(folded, str(node.target), nn.Identity().eval())
     return folded
 
 
@@ -168,7 +169,13 @@ def _cut(net: nn.Module, plans: Sequence[Plan], shape: Sequence[int]) -> nn.Modu
 
 
 def _fill(net: nn.Module, tensors: Mapping[str, Tensor], path: object) -> nn.Module:
-    """Give every tensor of the network the values, type and memory format of its namesake."""
+    """Give every tensor of the network the values, type and memory format of its namesake.
+
+    Channel Pruning leaves a bias in layers that had none: where the tensors have one, the layer gets one.
+    """
+    for name, layer in net.named_modules():
+        if f"{name}.bias" in tensors and isinstance(layer, nn.Conv2d | nn.Linear | ColumnConv2d) and layer.bias is None:
+            layer.bias = nn.Parameter(layer.weight.new_empty(len(layer.weight)))
     own = net.state_dict(keep_vars=True)
     shapes = [{name: tuple(tensor.shape) for name, tensor in each.items()} for each in (own, tensors)]
     if shapes[0] != shapes[1]:
@@ -296,7 +303,8 @@ def _with_dense_kernels(net: nn.Module) -> nn.Module:
 @torch.inference_mode()
 def _difference(exported: nn.Module, net: nn.Module, images: Tensor) -> float:
     expected = net(images)
-    return float((exported(images) - expected).abs().max() / expected.abs().max())
+    difference = float((exported(images) - expected).abs().max())
+    return difference and difference / float(expected.abs().max())
 
 
 # -- time --------------------------------------------------------------------------------------------------------------

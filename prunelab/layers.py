@@ -122,7 +122,8 @@ class ColumnConv2d(nn.Module):
         Raises:
             ValueError: x has another number of channels, or is smaller than the kernel.
         """
-        if torch.compiler.is_exporting() or not x.is_cpu or x.dtype != self.weight.dtype:
+        mixed = x.dtype != self.weight.dtype or torch.is_autocast_enabled("cpu")
+        if torch.compiler.is_exporting() or mixed or not x.is_cpu:
             return F.conv2d(x, self.dense_weight(), self.bias, self.stride, self.padding, self.dilation)
         y: Tensor = _Multiply.apply(x, self.weight, self.bias, _Im2col(self, x))
         return y

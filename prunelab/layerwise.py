@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
+from prunelab._modules import replace_module
 from prunelab.data import Data
 from prunelab.layers import ChannelSelection
 from prunelab.reconstruction import Moments, Reconstruction, check_rows
@@ -320,7 +321,7 @@ def with_samplers(net: nn.Module, example: Tensor) -> nn.Module:
         if reads_stream and not added_to(net, calls[product.module][0]):
             conv = _layer(net, product.module)
             chosen: OrderedDict[str, nn.Module] = OrderedDict(select=ChannelSelection(conv.weight.shape[1]), conv=conv)
-            net.set_submodule(product.module, nn.Sequential(chosen).eval())
+            replace_module(net, product.module, nn.Sequential(chosen).eval())
     return net
 
 

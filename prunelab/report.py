@@ -365,9 +365,9 @@ def _verdicts(table: pd.DataFrame) -> str:
     linked = table.assign(notebook=[f"[{name}](notebooks/{name}.ipynb)" for name in table.notebook])
     return "\n".join(
         [
-            f"{sum(len(paper.claims) for paper in papers)} claims, {len(table)} verdicts, as some claims are put to the"
-            f" test in several settings: {count}. Of those that do not hold here, {undecided} are undecided: no interval"
-            " lies wholly on either side of its bound. The main claim of each notebook:\n",
+            f"{sum(len(paper.claims) for paper in papers)} claims, {len(table)} verdicts, as some claims are put to "
+            f"the test in several settings: {count}. Of those that do not hold here, {undecided} are undecided: no "
+            "interval lies wholly on either side of its bound. The main claim of each notebook:\n",
             markdown(linked[headline].drop(columns="setting")),
             f"\n<details><summary>All {len(table)} verdicts, with their settings</summary>\n",
             markdown(linked),

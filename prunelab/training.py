@@ -197,8 +197,8 @@ def fit(
     the length of the run (dropout, random hooks), after which the caller's generator state is restored. On one CPU with
     one number of threads, a run is reproduced bit for bit; on a GPU, as far as the layers have deterministic kernels.
 
-    Raises ValueError for a batch larger than the training split or a net whose output does not match the classes, and
-    FloatingPointError, naming the step and the recipe, for a loss that is not finite.
+    Raises ValueError for a batch larger than the training split, a net that is frozen or not float32, and one whose
+    output does not match the classes; FloatingPointError, naming step and recipe, for a loss that is not finite.
     """
     check("net", net, NETWORK)
     check("data", data, instance(Data, "a Data"))
@@ -209,6 +209,8 @@ def fit(
         raise ValueError(f"recipe: batch_size is {recipe.batch_size}; {data.name} has {available} training images")
     if recipe.epochs == 0:
         return History(loss=(), steps=0, epochs=0.0, seconds=0.0)
+    if not any(parameter.requires_grad for parameter in net.parameters()):
+        raise ValueError("the net cannot be trained: every parameter has requires_grad=False")
 
     steps_per_epoch = available // recipe.batch_size
     steps = max(1, round(recipe.epochs * steps_per_epoch))
@@ -318,6 +320,8 @@ def _training_batches(data: Data, batch_size: int, seed: int) -> Iterator[tuple[
 def _place(net: nn.Module, data: Data) -> nn.Module:
     """Move the net to the data's device, 4-D parameters in the layout the images have."""
     check("net", net, NETWORK)
+    if other := {p.dtype for p in net.parameters()} - {torch.float32}:
+        raise ValueError(f"the net has parameters of type {other.pop()}; images are torch.float32: use net.float()")
     return net.to(data.device).to(memory_format=torch.channels_last)
 
 

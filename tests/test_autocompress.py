@@ -386,6 +386,19 @@ def test_what_cannot_be_done_is_refused_before_any_work(trained: nn.Module, cont
         compressed(trained, context, updates=50)
 
 
+def test_a_budget_just_below_one_removes_something(trained: nn.Module, context: Context) -> None:
+    pruned = compressed(trained, context, 0.9999, unit="filters")
+    assert cost.macs(pruned.net, context.data.example, "conv") < cost.macs(trained, context.data.example, "conv")
+    assert len(pruned.history["fractions"]) == 1
+
+
+def test_a_frozen_layer_is_named_before_training(trained: nn.Module, context: Context) -> None:
+    net = copy.deepcopy(trained)
+    net.conv2.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match="ADMM: a layer that it prunes is frozen"):
+        compressed(net, context)
+
+
 def test_a_budget_of_one_changes_nothing(trained: nn.Module, context: Context) -> None:
     pruned = compressed(trained, context, 1.0)
     assert pruned.epochs == 0 and set(map(len, pruned.plan.keep.values())) == set(pruned.plan.sizes.values())

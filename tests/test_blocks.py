@@ -390,6 +390,9 @@ NOT_FOUND: dict[str, nn.Module] = {
         lambda s, x: (lambda y: s.end(y + s.b(s.r(y))))(s.stem(x)),
         stem=conv(3, 4), r=nn.ReLU(inplace=True), b=conv(4, 4), end=conv(4, 2),
     ),
+    "what it is added to is no map of the image": Net(
+        lambda s, x: s.end(s.b(x) + s.place), b=conv(3, 4), place=nn.Parameter(torch.rand(1, 4, 6, 6)), end=conv(4, 2)
+    ),
     "its border shows": Net(
         lambda s, x: (lambda y: s.end(y + s.p(s.b(y))))(s.stem(x)),
         stem=conv(3, 4), b=conv(4, 4), p=nn.AvgPool2d(3, 1, 1), end=conv(4, 2),
@@ -422,6 +425,41 @@ def test_a_block_that_would_train_differently_is_named() -> None:
     with pytest.raises(UntraceableError, match=r"cannot cut '1' of type Block safely: .* training"):
         BlockSpace(nn.Sequential(conv(3, 4), Block(forward, a=conv(4, 4))), x)
     assert len(BlockSpace(nn.Sequential(conv(3, 4), Block(inside, a=conv(4, 4))), x).groups) == 1
+
+
+class OptionalResidual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = conv(4, 4)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self.a(x) + (x if residual is None else residual)
+
+
+def test_a_block_with_optional_arguments_is_named() -> None:
+    with pytest.raises(
+        UntraceableError, match=r"cannot cut '1' of type OptionalResidual safely: .* arguments, residual"
+    ):
+        BlockSpace(nn.Sequential(conv(3, 4), OptionalResidual()), torch.zeros(1, 3, 6, 6))
+
+
+def test_a_cut_block_keeps_what_its_parent_asks_for_and_its_hooks() -> None:
+    class Halving(Block):
+        halves = False
+
+    block = Halving(lambda s, x: x + s.a(x), a=conv(4, 4))
+    block.halves = True
+    net = Net(
+        lambda s, x: s.end(F.max_pool2d(s.block(s.stem(x)), 2 if s.block.halves else 1)),
+        stem=conv(3, 4), block=block, end=conv(4, 2),
+    )  # fmt: skip
+    net, x = randomise(net).eval(), torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    net.block.register_forward_hook(lambda module, args, output: 2 * output)
+    space = BlockSpace(net, x)
+    plan = space.plan({"block": []})
+    small = space.shrink(plan)
+    assert small.block.halves
+    assert_same(small(x).detach(), space.mask(plan)(x).detach())
 
 
 def test_only_a_branch_may_be_gone_altogether() -> None:

@@ -14,7 +14,7 @@ from torch.torch_version import TorchVersion
 
 from prunelab import cost, models
 from prunelab.layers import ZeroPadChannels
-from prunelab.structure import Budget, ChannelSpace, Plan, Space, UntraceableError
+from prunelab.structure import Budget, ChannelSpace, Plan, RowColumnSpace, Space, UntraceableError
 
 zoo = models.torchvision.models
 
@@ -440,6 +440,20 @@ def test_a_padding_used_twice_pads_alike() -> None:
         assert_mask_is_shrink(space, x, space.plan({"a": [1]}))
 
 
+@pytest.mark.parametrize("width", [1, 4])
+def test_a_single_channel_is_followed_where_dimensions_are_moved(width: int) -> None:
+    net = Net(
+        lambda s, x: s.e(s.k(s.l(s.a(x).permute(0, 2, 3, 1)).relu()).movedim(-1, 1)),
+        a=conv(3, width), l=nn.Linear(width, 5), k=nn.Linear(5, 1), e=conv(1, 2),
+    )  # fmt: skip
+    x = torch.randn(2, 3, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for kind in (ChannelSpace, RowColumnSpace):
+        space = kind(randomise(net), x)
+        for plan in plans(space).values():
+            with torch.no_grad():
+                assert_mask_is_shrink(space, x, plan)
+
+
 def test_weights_shared_by_two_layers_are_cut_once() -> None:
     net = Net(lambda s, x: s.c(s.b(s.a(x)) + s.b2(s.a(x))), a=conv(3, 4), b=conv(4, 5), b2=conv(4, 5), c=conv(5, 2))
     net.b2.weight = net.b.weight
@@ -603,6 +617,7 @@ def test_forward_that_depends_on_values_names_the_module() -> None:
             "'add' mixes channels of different dimensions",
         ),
         (lambda s, x: s.b(torch.cat([s.a(x), x.new_zeros(1)], 1)), "'new_zeros'"),
+        (lambda s, x: s.four(s.a(x)).squeeze(), "'squeeze' without a dimension"),
         (lambda s, x: s.b(s.pool(s.a(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)), "'pool' works along dimension -3"),
     ],
 )

@@ -84,6 +84,7 @@ def test_doctor_finds_a_damaged_store_and_a_missing_folder(repository: Path, mon
         (["--frehs", "77"], "unknown notebook '--frehs'"),
         (["-p", "TOY", "3"], "name a notebook, or all"),
         (["77", "--fresh", "--out", "."], "--fresh would delete the recorded rows"),
+        (["77", "--out", "notebooks"], "--out is notebooks, where the notebooks are"),
     ],
 )
 def test_run_refuses_before_anything_runs(repository: Path, words: list[str], message: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -160,6 +162,20 @@ def test_an_exported_graph_holds_the_dense_convolution() -> None:
     layer, x = ColumnConv2d(conv, some_columns(conv)).eval(), image(3)
     exported = torch.export.export(layer, (x,)).module()
     torch.testing.assert_close(exported(x), layer(x), rtol=0, atol=1e-12)
+
+
+def test_under_autocast_it_learns_as_the_dense_convolution_does() -> None:
+    conv = copy.deepcopy(CONVOLUTIONS[3]).float()
+    layer, x = ColumnConv2d(conv, some_columns(conv)), image(3).float()
+    with torch.autocast("cpu"):
+        y = layer(x)
+        y.square().mean().backward()
+    kernel = layer.dense_weight().detach().requires_grad_()
+    with torch.autocast("cpu"):
+        dense = F.conv2d(x, kernel, layer.bias, layer.stride, layer.padding, layer.dilation)
+        dense.square().mean().backward()
+    assert torch.equal(y, dense)
+    assert torch.equal(layer.weight.grad, kernel.grad.flatten(1)[:, layer.columns])
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 9, 9), (3, 9, 9), (1, 3, 2, 9)], ids=str)

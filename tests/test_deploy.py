@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from torchvision.models import DenseNet, MobileNetV2
 
 from prunelab import cost, deploy, models
+from prunelab.data import load
 from prunelab.layers import ColumnConv2d
+from prunelab.methods.channel_pruning import ChannelPruning
 from prunelab.structure import Budget, ChannelSpace, ColumnSpace, Space, UntraceableError
+from prunelab.training import Context, Recipe
 
 SHAPE = 3, 32, 32
 EXAMPLE = torch.zeros(1, *SHAPE)
@@ -268,6 +271,16 @@ def test_the_wrong_plan_is_not_saved_and_the_old_file_stays(tmp_path: Path) -> N
     assert [entry.name for entry in tmp_path.iterdir()] == ["small"]
 
 
+def test_biases_that_channel_pruning_left_come_back(tmp_path: Path) -> None:
+    dense = nn.Sequential(conv(1, 6, bias=False), nn.ReLU(), conv(6, 4, bias=False), nn.Flatten(), nn.Linear(256, 10))
+    context = Context(load("digits"), Recipe(epochs=1, lr=0.01, batch_size=32), seed=0, progress=False)
+    pruned = ChannelPruning(images=200)(randomise(dense).float(), Budget(0.5, "conv"), context)
+    assert pruned.net.get_submodule("2").bias is not None
+    deploy.save(tmp_path / "cut", pruned.net, pruned.plan, shape=(1, 8, 8))
+    x = images(2, (1, 8, 8))
+    assert torch.equal(deploy.load(tmp_path / "cut", dense)(x), pruned.net.eval()(x))
+
+
 # ONNX
 
 
@@ -321,6 +334,13 @@ def test_wrong_outputs_are_not_written(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(RuntimeError, match=r"wrong.onnx is not written: ONNX Runtime's outputs differ .* by \d"):
         deploy.export_onnx(net, images(1, (3, 2, 2)), tmp_path / "wrong.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_head_of_zeros_is_exported(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    for parameter in net.parameters():
+        nn.init.zeros_(parameter)
+    assert deploy.export_onnx(net, images(1, (3, 2, 2)), tmp_path / "zeros.onnx") == 0
 
 
 def test_only_float32_on_the_cpu_is_exported(tmp_path: Path) -> None:

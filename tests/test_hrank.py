@@ -8,6 +8,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
@@ -183,6 +184,27 @@ def test_the_network_is_left_as_it_was() -> None:
     seen(net, [images(4)])
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
     assert [name for name, module in net.named_modules() if not module.training] == ["bn2"]
+
+
+def test_dropout_by_function_is_off() -> None:
+    class Dropping(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return self[1](F.dropout(F.relu(self[0](x)), 0.5, self.training).flatten(1))
+
+    torch.manual_seed(0)
+    net, x = Dropping(nn.Conv2d(1, 5, 3), nn.Linear(5 * 36, 10)).train(), images(4)
+    torch.testing.assert_close(seen(net, [x])["0"], F.relu(net[0](x)).mean((0, 2, 3)).double())
+
+
+@pytest.mark.parametrize("height", [8, 10])  # as many as there are channels, or not
+def test_channels_that_are_last_are_not_taken_for_lines(height: int) -> None:
+    class ChannelsLast(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return self[2](F.relu(self[1](F.relu(self[0](x).permute(0, 2, 3, 1)))).permute(0, 3, 1, 2)).flatten(1)
+
+    net = ChannelsLast(nn.Conv2d(1, 8, 3, padding=1), nn.Linear(8, 8), nn.Conv2d(8, 2, 1))
+    with pytest.raises(ValueError, match="to see of 0, 1: its channels are rearranged"):
+        seen(net, [torch.rand(2, 1, height, 6)])
 
 
 def test_what_cannot_be_seen_is_refused() -> None:

@@ -168,6 +168,15 @@ def with_scores(space: Space, **changed: Tensor) -> dict[str, Tensor]:
         (lambda s: s.plan_for(s.scores("l1"), {"conv7": 0.5}), r"unknown groups \['conv7'\]: this network has conv1"),
         (lambda s: s.plan({"conv7": [0]}), r"unknown groups \['conv7'\]"),
         (lambda s: s.macs({"conv7": 1}), r"unknown groups \['conv7'\]"),
+        (lambda s: s.macs({"conv1": -3}), r"group 'conv1': width is -3; it must be a whole number in \[0, 32\]"),
+        (lambda s: s.macs({"conv1": 33}), r"group 'conv1': width is 33"),
+        (lambda s: s.parameters({"conv1": 1.5}), r"group 'conv1': width is 1\.5"),
+        (
+            lambda s: s.plan({"conv1": [1.5]}),
+            r"group 'conv1': kept indices must be a list of whole numbers; got \[1\.5\]",
+        ),
+        (lambda s: s.plan({"conv1": "12"}), r"group 'conv1': .* got '12'"),
+        (lambda s: s.plan({"conv1": None}), r"group 'conv1': .* got None"),
         (lambda s: s.plan({"conv1": []}), "group 'conv1': kept indices must be sorted, distinct, at least one"),
         (lambda s: s.plan({"conv1": [32]}), r"group 'conv1': .* in \[0, 32\); got \(32,\)"),
         (lambda s: s.plan({"conv1": [-1]}), "group 'conv1'"),
@@ -205,6 +214,15 @@ PLANS = st.dictionaries(
         "channels", {k: n for k, (n, _) in groups.items()}, {k: tuple(sorted(v)) for k, (_, v) in groups.items()}
     )
 )
+
+
+def test_indices_of_any_kind_are_one_plan(tmp_path: Path) -> None:
+    plain = Plan("channels", {"a": 3}, {"a": (0, 2)})
+    for kept in ([0, 2], np.array([0, 2]), torch.tensor([0, 2]), (np.int64(0), 2)):
+        plan = Plan("channels", {"a": 3}, {"a": kept})  # type: ignore[dict-item]
+        assert plan == plain
+        plan.save(tmp_path / "plan")
+        assert Plan.load(tmp_path / "plan") == plain
 
 
 @given(plan=PLANS)

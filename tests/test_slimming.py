@@ -293,6 +293,20 @@ def test_a_plan_of_two_passes_names_the_channels_of_the_dense_network(digits: Da
     assert all(abs(o - w) <= 1 for o, w in zip(overlap, one.plan.widths.values(), strict=True))
 
 
+def test_a_depthwise_layer_of_one_channel_is_left_to_the_next_pass(digits: Data) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4), nn.ReLU(),
+        nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.BatchNorm2d(4), nn.ReLU(),
+        nn.Conv2d(4, 12, 1), nn.BatchNorm2d(12), nn.ReLU(), nn.Flatten(), nn.Linear(12 * 64, 10),
+    )  # fmt: skip
+    nn.init.constant_(net[1].weight, 1e-3)
+    nn.init.constant_(net[4].weight, 1e-3)
+    pruned = Slimming(penalty=0.0, passes=3)(net, Budget(macs=0.2), context(digits, 0.1))
+    assert pruned.plan.widths["0"] == 1
+    assert ChannelSpace(net, digits.example).macs(pruned.plan) == cost.macs(pruned.net, digits.example)
+
+
 def test_the_control_removes_the_same_share_of_every_layer(digits: Data, trained: nn.Module) -> None:
     uniform = Slimming(penalty=0.05, ranking="layer")(trained, HALF, context(digits)).plan
     space = ChannelSpace(trained, digits.example)

@@ -386,6 +386,14 @@ def test_a_batch_larger_than_the_training_split_is_refused(digits: Data) -> None
         fit(linear(), digits, Recipe(epochs=1, lr=0.1, batch_size=images + 1), seed=0, progress=False)
 
 
+def test_a_net_that_cannot_be_trained_on_these_images_is_refused(digits: Data) -> None:
+    net = build("convnet-bn", shape=digits.shape, width=0.25)
+    with pytest.raises(ValueError, match=r"parameters of type torch.float64; .* net.float\(\)"):
+        fit(copy.deepcopy(net).double(), digits, Recipe(epochs=1, lr=0.01), seed=0, progress=False)
+    with pytest.raises(ValueError, match="every parameter has requires_grad=False"):
+        fit(net.requires_grad_(False), digits, Recipe(epochs=1, lr=0.01), seed=0, progress=False)
+
+
 def test_a_net_with_too_few_outputs_is_refused(digits: Data) -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 9))
     with pytest.raises(ValueError, match=r"shape \[64, 9\]; digits needs \[64, 10\]"):

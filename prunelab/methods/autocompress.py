@@ -171,7 +171,7 @@ class AutoCompress:
         fraction = budget.fraction
         space.plan_for(space.scores("l2"), budget)
         left = space.cost(space.one_less, budget.scope) / space.macs(scope=budget.scope)
-        most = int(math.log(fraction) / math.log(left[left < 1].max()))
+        most = max(int(fraction < 1), int(math.log(fraction) / math.log(left[left < 1].max())))
         rounds = min(most, max(1, round(-math.log2(fraction)))) if self.rounds is None else self.rounds
         if rounds > most:
             raise ValueError(

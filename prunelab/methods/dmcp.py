@@ -20,6 +20,7 @@ from torch.func import functional_call
 
 from prunelab import scores as criteria
 from prunelab._checks import NOT_NEGATIVE, POSITIVE, check_fields, one_of, real, within
+from prunelab._modules import tensors_in_place
 from prunelab.methods.base import Pruned
 from prunelab.models import reinitialise
 from prunelab.structure import Budget, ChannelSpace, Plan
@@ -291,11 +292,13 @@ class Supernet(nn.Module):
     def __init__(self, space: ChannelSpace) -> None:
         super().__init__()
         self.net = space.net
-        self.readers = {
-            axis.name: torch.from_numpy(axis.units)
+        readers = {
+            id(space.net.get_parameter(axis.name)): torch.from_numpy(axis.units)
             for axis in space.coupling.axes
             if axis.role == "in" and (axis.units >= 0).any()
         }
+        places = tensors_in_place(space.net)
+        self.readers = {name: readers[id(tensor)] for name, tensor in places.items() if id(tensor) in readers}
 
     def forward(self, images: Tensor) -> Tensor:
         """Run the whole network."""
@@ -311,7 +314,7 @@ class Supernet(nn.Module):
             scale = open_ended(gates)[units].view(-1, *[1] * (weight.dim() - 2))
             weights[name] = weight * scale.to(weight)
         with mixed_precision(images.device):
-            logits: Tensor = functional_call(self.net, weights, (images,))
+            logits: Tensor = functional_call(self.net, weights, (images,), tie_weights=False)
         return logits.float()
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from prunelab._checks import FRACTION, NOT_NEGATIVE, POSITIVE, check, check_fields, integer, one_of, within
+from prunelab._modules import replace_module
 from prunelab.layers import ChannelSelection
 from prunelab.methods.base import Pruned
 from prunelab.structure import Budget, ChannelSpace, Plan
@@ -100,7 +101,8 @@ class Slimming:
             present = dense.spent(budget)(dense.widths(plan))
             left = budget.at(min(1.0, fraction / present))
             chosen = space.plan_for(protected(scores, self.cap), left, self.ranking)
-            plan = dense.plan({name: [plan.keep[name][i] for i in kept] for name, kept in chosen.keep.items()})
+            # A depthwise layer of one channel is a group of its own from now on, and stays.
+            plan = dense.plan({name: [kept[i] for i in chosen.keep[name]] for name, kept in plan.keep.items()})
             space = ChannelSpace(space.shrink(chosen), example)
             spent += run.epochs
             history["scales"].append({name: score.numpy() for name, score in scores.items()})
@@ -160,7 +162,7 @@ def with_channel_selection(net: nn.Module, example: Tensor) -> nn.Module:
     for name, norm in list(net.named_modules()):
         if isinstance(norm, nn.modules.batchnorm._BatchNorm) and name not in behind_layers:
             chosen = OrderedDict(select=ChannelSelection(norm.num_features), norm=norm)
-            net.set_submodule(name, nn.Sequential(chosen).train(norm.training))
+            replace_module(net, name, nn.Sequential(chosen).train(norm.training))
     return net
 
 

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from prunelab._checks import FRACTION, NOT_NEGATIVE, POSITIVE, Legal, check_fields, one_of, optional
+from prunelab._checks import FRACTION, NOT_NEGATIVE, POSITIVE, Legal, check_fields, check_trainable, one_of, optional
 from prunelab.methods.base import Pruned, space_of
 from prunelab.structure import BlockSpace, Budget, Plan, RowColumnSpace, Space
 from prunelab.structure.space import Ranking
@@ -265,6 +265,10 @@ class Pressure(Hook):
             goes &= self.space.readable(plan)  # the others go with their channel, whatever their norm
         longest = torch.zeros(len(scores)).scatter_reduce(0, self.group_of[goes], self.norms[-1][goes], "amax")
         return plan, longest if self.settings.ranking == "layer" else longest.max().expand_as(longest)
+
+    def start(self, state: State) -> None:
+        """Make sure that every kernel has a gradient to add to."""
+        check_trainable("ssl", [term.weight for term in self.terms])
 
     def before_step(self, state: State) -> None:
         """Set λ_g where it is due."""

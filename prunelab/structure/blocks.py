@@ -29,6 +29,7 @@ its state dict can be loaded again.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ from torch import Tensor, fx, nn
 from prunelab import cost
 from prunelab._checks import NETWORK, TENSOR, check
 from prunelab._modes import evaluating, modes_kept
+from prunelab._modules import replace_module
 from prunelab.layers import AddConstant
 from prunelab.structure.graph import Channels, Labeller
 from prunelab.structure.plan import Plan
@@ -172,9 +174,11 @@ class BlockSpace(Space):
         for path in sorted(blocks, reverse=True):  # inner blocks before those that hold them
             block = small.get_submodule(path)
             cut = fx.GraphModule(block, _without(block, blocks[path], constants), type(block).__name__)
+            # A graph module is given the modules that its graph names; its parent may ask for what else the block has.
+            vars(cut).update({k: v for k, v in vars(block).items() if k not in vars(cut) or "_hooks" in k})
             if not path:
                 return cut
-            small.set_submodule(path, cut)
+            replace_module(small, path, cut)
         return small
 
     def cut(self, plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -231,7 +235,10 @@ class _Search:
             **dict(net.named_buffers(remove_duplicate=False)),
         }
         self.readers: dict[int, set[fx.Node]] = defaultdict(set)  # by the identity of a parameter or buffer
+        self.fed: set[fx.Node] = set()  # what depends on the image
         for node in self.graph.nodes:
+            if node.op == "placeholder" or not self.fed.isdisjoint(node.all_input_nodes):
+                self.fed.add(node)
             for name in self._tensors(node):
                 self.readers[id(self.named[name])].add(node)
 
@@ -273,6 +280,7 @@ class _Search:
         exact = (
             isinstance(summed, Channels)
             and summed.dim == 1
+            and stays in self.fed
             and self.run.env[stays].shape == self.run.env[nodes[-1]].shape
             and all(block in _paths(node) for node in nodes)
             and all(node.op != "get_attr" or node.target in self.named for node in nodes)
@@ -404,6 +412,12 @@ def _check_training(net: nn.Module, branch: Branch) -> None:
     Layers may differ between the two, since they stay modules; the block's own forward is fixed when it is traced.
     """
     block, graphs = net.get_submodule(branch.block), set()
+    arguments = inspect.signature(block.forward).parameters.values()
+    if optional := [one.name for one in arguments if one.default is not inspect.Parameter.empty]:
+        raise UntraceableError(
+            f"cannot cut {branch.block!r} of type {type(block).__name__} safely: its forward has optional arguments, "
+            f"{', '.join(optional)}, and may do something else with them. Give it one argument."
+        )
     for mode in (True, False):
         probe = copy.copy(block)
         probe.training = mode

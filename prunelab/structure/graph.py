@@ -623,6 +623,8 @@ def _reshaped(run: Labeller, n: fx.Node, call: Callable[..., Any]) -> Channels |
         return run.env[node] if known is None else known.spread(run.env[node].shape)
 
     source = run.source(n)
+    if operation(n) == "squeeze" and not (n.args[1:] or n.kwargs.keys() - {"input"}):
+        raise run.refuse("'squeeze' without a dimension drops whatever has one place, a last channel or image too")
     result = call(*fx.node.map_arg(n.args, ids_or_value), **fx.node.map_arg(n.kwargs, ids_or_value))
     if isinstance(result, tuple | list):
         sections = tuple(_read_off(run, section) for section in result)
@@ -632,20 +634,42 @@ def _reshaped(run: Labeller, n: fx.Node, call: Callable[..., Any]) -> Channels |
             for section in sections[1:]:
                 run.tie("channel split", sections[0].ids, section.ids)
         return sections
-    channels = _read_off(run, result)
+    channels = _read_off(run, result, alone=_place_of_one(run, n, call) if len(source.ids) == 1 else 1)
     if n.target is operator.getitem and not np.array_equal(channels.ids, source.ids):
         run.pin(source.ids)  # channels picked by fixed indices
     return channels
 
 
-def _read_off(run: Labeller, ids: Tensor) -> Channels:
-    """Find the dimension along which the ids change; two of them mean that channels were split into sections."""
-    changing = [
+def _place_of_one(run: Labeller, n: fx.Node, call: Callable[..., Any]) -> int:
+    """Return the dimension in which a single channel ends up: as ids do not change along it, two are sent after it."""
+    node, source = n.all_input_nodes[0], run.source(n)
+    shape = list(run.env[node].shape)
+    shape[source.dim] = 2
+    two = Channels(np.arange(2), source.dim).spread(torch.Size(shape))
+    args, kwargs = fx.node.map_arg((n.args, n.kwargs), lambda given: two if given is node else run.env[given])
+    try:
+        changing = _changing(call(*args, **kwargs))
+    except RuntimeError:  # a size in the arguments says that there is one
+        changing = []
+    return changing[-1] if changing else 1
+
+
+def _changing(ids: Tensor) -> list[int]:
+    """Return the dimensions along which ids change."""
+    return [
         dim
         for dim in range(ids.dim())
         if ids.shape[dim] > 1 and ids.stride(dim) and bool((ids.narrow(dim, 0, 1) != ids).any())
     ]
-    dim = changing[-1] if changing else min(1, ids.dim() - 1)
+
+
+def _read_off(run: Labeller, ids: Tensor, alone: int = 1) -> Channels:
+    """Find the dimension along which the ids change; two of them mean that channels were split into sections.
+
+    A single id changes along none: it is taken to be in dimension `alone`.
+    """
+    changing = _changing(ids)
+    dim = changing[-1] if changing else min(alone, ids.dim() - 1)
     kept = sorted({*changing, dim})
     numbers = ids[tuple(slice(None) if d in kept else 0 for d in range(ids.dim()))].numpy()
     numbers = numbers.reshape(-1, ids.shape[dim]).copy()  # [sections, channels]

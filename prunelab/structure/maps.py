@@ -29,6 +29,7 @@ _ACTIVATION_FUNCTIONS = (
     "relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish", "sigmoid", "tanh",
     "softplus", "hardswish", "hardsigmoid", "hardtanh",
 )  # fmt: skip
+_TURNED = ("permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims")
 
 
 def mean_over_maps(space: Space, measure: Measure, batches: Iterable[Tensor]) -> dict[str, Tensor]:
@@ -46,8 +47,8 @@ def mean_over_maps(space: Space, measure: Measure, batches: Iterable[Tensor]) ->
     Raises:
         ValueError: the space is not one of channels, there is no image, or a group has no maps [N, C, ...] to see.
     """
-    watch = _Watch(space, measure)
     with evaluating(space.net), torch.no_grad():
+        watch = _Watch(space, measure)
         images = sum(watch.look_at(batch) for batch in batches)
     if images == 0:
         raise ValueError("feature maps are seen on images, at least one: got none")
@@ -97,9 +98,10 @@ class _Watch(fx.Interpreter):
         return n.op == "call_module" and n.target in self.written
 
     def _activates(self, n: fx.Node) -> bool:
-        if n.op == "call_module":
-            return isinstance(self.fetch_attr(str(n.target)), _ACTIVATIONS)
-        return operation(n) in _ACTIVATION_FUNCTIONS
+        return isinstance(self._module(n), _ACTIVATIONS) or operation(n) in _ACTIVATION_FUNCTIONS
+
+    def _module(self, n: fx.Node) -> nn.Module | None:
+        return self.module.get_submodule(str(n.target)) if n.op == "call_module" else None
 
     def look_at(self, images: Tensor) -> int:
         """Run the network on images, measure all maps, and return how many images there were."""
@@ -118,6 +120,8 @@ class _Watch(fx.Interpreter):
 
     def _units_of(self, n: fx.Node, value: Tensor) -> Units | None:
         """Return the unit number of each channel, -1 for none; None where channels are not what they were."""
+        if operation(n) in _TURNED or (isinstance(self._module(n), nn.Linear) and value.dim() > 2):
+            return None  # the channels are not in dimension 1
         if self._is_layer(n):
             units = self.written[str(n.target)]
         elif n.op == "placeholder":
@@ -128,7 +132,7 @@ class _Watch(fx.Interpreter):
                 return None
             if operation(n) in ("cat", "concat"):
                 units = np.concatenate(known)
-            elif n.op == "call_module" and isinstance(pad := self.fetch_attr(str(n.target)), ZeroPadChannels):
+            elif isinstance(pad := self._module(n), ZeroPadChannels):
                 units = np.pad(known[0], (pad.before, pad.after), constant_values=-1)
             else:  # the operands of a sum have the same units, or none
                 units = np.max([found for found in known if len(found) == max(map(len, known))], axis=0)

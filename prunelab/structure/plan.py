@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from operator import index
@@ -32,6 +32,7 @@ class Plan:
     def __post_init__(self) -> None:
         groups = instance(Mapping, "a mapping with an entry for every group")
         check_fields(self, "plan", space=instance(str, "the name of a space"), sizes=groups, keep=groups)
+        object.__setattr__(self, "keep", {name: indices(name, kept) for name, kept in self.keep.items()})
         if set(self.sizes) != set(self.keep):
             odd = sorted(set(self.sizes) ^ set(self.keep), key=str)
             raise ValueError(f"plan: sizes and keep must have the same groups: {odd} appear on one side only")
@@ -70,6 +71,18 @@ class Plan:
         """Show the widths, not the indices."""
         widths = ", ".join(f"{name}: {len(kept)}/{self.sizes[name]}" for name, kept in self.keep.items())
         return f"Plan({self.space}; {widths})"
+
+
+def indices(group: str, kept: Iterable[int]) -> tuple[int, ...]:
+    """Return what is kept of a group as plain integers, whatever kind of whole number they were given as.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    try:
+        return tuple(map(index, kept))
+    except TypeError:
+        raise ValueError(f"plan, group {group!r}: kept indices must be a list of whole numbers; got {kept!r}") from None
 
 
 def _units_of(size: int) -> Legal:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from numbers import Integral
+from operator import index
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -22,7 +23,7 @@ from torch.optim import Optimizer
 from prunelab import cost
 from prunelab import scores as criteria
 from prunelab._checks import FRACTION, Legal, check, instance, one_of
-from prunelab.structure.plan import Plan
+from prunelab.structure.plan import Plan, indices
 
 Scope = Literal["all", "conv"]
 Ranking = Literal["layer", "global"]
@@ -242,7 +243,7 @@ class Space(ABC):
         return Plan(
             self.kind,
             dict(self._sizes),
-            whole | {name: tuple(sorted(map(int, kept))) for name, kept in keep.items()},
+            whole | {name: tuple(sorted(indices(name, kept))) for name, kept in keep.items()},
         )
 
     def macs(self, plan: Plan | Mapping[str, int] | None = None, scope: Scope = "all") -> int:
@@ -295,11 +296,17 @@ class Space(ABC):
         return Cost(per_pair, reads, fixed[0], writes, fixed[1], conv=np.zeros(len(per_pair), dtype=np.bool_))
 
     def widths(self, plan: Plan | Mapping[str, int]) -> Ints:
-        """Return units kept per group, int64 [groups], in the order of `groups`."""
+        """Return units kept per group, int64 [groups], in the order of `groups`.
+
+        Raises:
+            ValueError: an unknown group, or a width that is no whole number in [0, size].
+        """
         if isinstance(plan, Plan):
             self.check(plan)
             plan = plan.widths
         self._known(plan)
+        for name, width in plan.items():
+            check(f"group {name!r}: width", width, _width(self._sizes[name]))
         return np.array([plan.get(group.name, group.size) for group in self.groups], dtype=np.int64)
 
     def describe(self, plan: Plan | None = None) -> pd.DataFrame:
@@ -502,6 +509,10 @@ class Space(ABC):
             priority[(rank == group.size) | (score == np.inf)] = np.inf
             parts.append(priority)
         return np.concatenate(parts)
+
+
+def _width(size: int) -> Legal:
+    return Legal(f"a whole number in [0, {size}]", lambda width: 0 <= index(width) <= size)
 
 
 def _refuse_step(optimizer: Optimizer, *_: object) -> None:
