@@ -24,7 +24,10 @@ def entries() -> list[Experiment]:
     """Return the experiments whose networks the zoo is to hold; a dense one means the network before its tuning."""
     showdown = claims.load("12")
     dense = [e for (arm, _, _), e in showdown.experiments().items() if showdown.arms[arm].method == "dense"]
-    return dense + [e for e in showdown.experiments(seeds=1, macs=[MACS]).values() if e.method != "dense"]
+    first: dict[str, Experiment] = {}  # of the arms of each method
+    for experiment in showdown.experiments(seeds=1, macs=[MACS]).values():
+        first.setdefault(experiment.method, experiment)
+    return dense + [experiment for method, experiment in first.items() if method != "dense"]
 
 
 def path(experiment: Experiment, folder: str | os.PathLike[str] = FOLDER) -> Path:
