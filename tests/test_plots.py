@@ -73,12 +73,14 @@ def test_shares_of_layers_are_printed_in_percent_a_row_for_each_network() -> Non
     assert [text.get_text() for text in axes.get_yticklabels()] == ["first", "second"]
 
 
+EVERYWHERE = [setting for paper in claims.load_all() for setting in paper.everywhere]
+
+
 def test_every_arm_has_a_look_and_no_look_is_left_over() -> None:
-    papers = [one for paper in claims.load_all() for one in paper.everywhere]
-    assert set(plots.LOOKS) == {arm for paper in papers for arm in paper.arms}
+    assert set(plots.LOOKS) == {arm for paper in EVERYWHERE for arm in paper.arms}
 
 
 def test_the_arms_of_a_notebook_can_be_told_apart() -> None:
-    for paper in (one for paper in claims.load_all() for one in paper.everywhere):
+    for paper in EVERYWHERE:
         looks = [plots.LOOKS[arm] for arm in paper.arms]
         assert len(set(looks)) == len(looks), paper.notebook
