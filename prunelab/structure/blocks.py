@@ -258,6 +258,7 @@ class _Search:
         additions = {add for add, _, _ in found}
         inner = [branch for _, nodes, branch in found if not nodes & additions]
         for branch in inner:
+            _check_arguments(self.net, branch)
             _check_training(self.net, branch)
         return tuple(inner)
 
@@ -406,18 +407,23 @@ def _without(block: nn.Module, branches: Iterable[Branch], constants: Mapping[st
     return graph
 
 
-def _check_training(net: nn.Module, branch: Branch) -> None:
-    """Raise UntraceableError unless a block without a branch does the same in training as in evaluation.
-
-    Layers may differ between the two, since they stay modules; the block's own forward is fixed when it is traced.
-    """
-    block, graphs = net.get_submodule(branch.block), set()
+def _check_arguments(net: nn.Module, branch: Branch) -> None:
+    """Raise UntraceableError if a block may be called in several ways: traced by itself, it has one."""
+    block = net.get_submodule(branch.block)
     arguments = inspect.signature(block.forward).parameters.values()
     if optional := [one.name for one in arguments if one.default is not inspect.Parameter.empty]:
         raise UntraceableError(
             f"cannot cut {branch.block!r} of type {type(block).__name__} safely: its forward has optional arguments, "
             f"{', '.join(optional)}, and may do something else with them. Give it one argument."
         )
+
+
+def _check_training(net: nn.Module, branch: Branch) -> None:
+    """Raise UntraceableError unless a block without a branch does the same in training as in evaluation.
+
+    Layers may differ between the two, since they stay modules; the block's own forward is fixed when it is traced.
+    """
+    block, graphs = net.get_submodule(branch.block), set()
     for mode in (True, False):
         probe = copy.copy(block)
         probe.training = mode

@@ -62,8 +62,8 @@ class Plan:
         """
         try:
             content = json.loads(Path(path).read_text())
-            keep = {name: tuple(map(index, kept)) for name, kept in content["keep"].items()}
-            return cls(str(content["space"]), {name: index(size) for name, size in content["sizes"].items()}, keep)
+            sizes = {name: index(size) for name, size in content["sizes"].items()}
+            return cls(str(content["space"]), sizes, content["keep"])
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path} is not a saved plan: {type(error).__name__}: {error}") from None
 
