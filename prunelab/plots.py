@@ -276,7 +276,7 @@ def paired_differences(verdict: Verdict, labels: Mapping[str, str], ax: Axes | N
     ax.grid(axis="y", visible=False)
     ax.grid(axis="x", visible=True)
     ax.set_xlabel(f"{labels[verdict.claim.treatment]} minus control (points)")
-    ax.set_title(f"{verdict.claim.id}: {verdict.word}")
+    ax.set_title(f"{verdict.claim.id}: {verdict.word}{', undecided' if verdict.undecided else ''}")
     return ax
 
 

@@ -24,7 +24,6 @@ HOLDS, IN_PART, FAILS, NOT_TESTED = WORDS = "holds", "holds in part", "does not 
 
 UNDECIDED = "undecided"  # said of a claim that does not hold here, where no interval lies on the other side either
 
-LEAST_SEEDS = 3
 CONFIDENCE = 0.95
 COLUMNS = [
     *("notebook", "paper", "claim", "paper's number"),
@@ -68,7 +67,12 @@ class Verdict:
         bound = f"−{self.claim.margin:g}" if self.claim.margin else "0"
         above, below = int(self.differences.passed.sum()), int(self.differences.failed.sum())
         counted = f"{span} points; above {bound} in {above} of {len(means)}, below in {below}"
-        return counted if above or below else f"{counted}: {UNDECIDED}"
+        return f"{counted}: {UNDECIDED}" if self.undecided else counted
+
+    @property
+    def undecided(self) -> bool:
+        """Whether the claim does not hold here, with no interval wholly on the other side of its bound either."""
+        return self.word == FAILS and not self.differences.failed.any()
 
     @property
     def interval(self) -> str:
@@ -167,7 +171,7 @@ def _by_seed(values: pd.Series[float], arm: str, budget: float) -> pd.Series[flo
 
 
 def _word(differences: pd.DataFrame) -> str:
-    if differences.empty or differences.seeds.min() < LEAST_SEEDS:
+    if differences.empty or differences.seeds.min() < claims.LEAST_SEEDS:
         return NOT_TESTED
     if differences.passed.all():
         return HOLDS

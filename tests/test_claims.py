@@ -86,6 +86,8 @@ def test_further_settings_name_only_what_differs(tmp_path: Path) -> None:
     ]
     assert resnet.experiments() == paper.experiments(model="resnet20", macs=[0.25])
     assert longer.experiments() == paper.experiments(seeds=3)
+    assert [paper.seeds_on("digits", model, "smoke") for model in ("convnet-bn", "resnet20")] == [2, 2]
+    assert paper.seeds_on("cifar10", "convnet-bn", "smoke") == claims.LEAST_SEEDS  # nothing is recorded there
 
 
 def test_a_claim_about_some_budgets_is_put_where_they_are(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Rethinking the value of pruning: the released schedules, widths of the pruned twin, fresh and inherited weights."""
+"""Rethinking the value of pruning: the released rule for epochs, the pruned twin, fresh and inherited weights."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def fresh(trained: tuple[nn.Module, Context], seed: int = 0, **fields: Any) -> P
         (252_887_680, 155_124_352, 260),
     ],
 )
-def test_equal_computation_takes_the_released_number_of_epochs(dense: int, left: int, epochs: int) -> None:
+def test_equal_computation_takes_the_epochs_of_the_released_rule(dense: int, left: int, epochs: int) -> None:
     assert Scratch(schedule="B", cap=math.inf).recipe(CIFAR, dense / left).epochs == epochs
     assert Scratch(schedule="E").recipe(CIFAR, dense / left).epochs == 160
 

@@ -14,9 +14,10 @@ from prunelab.methods import METHODS
 from prunelab.models import NAMES
 from prunelab.structure.space import Scope
 
-__all__ = ["METRICS", "RULES", "Arm", "Claim", "Number", "Paper", "Setting", "load", "load_all"]
+__all__ = ["LEAST_SEEDS", "METRICS", "RULES", "Arm", "Claim", "Number", "Paper", "Setting", "load", "load_all"]
 
 FOLDER = Path(__file__).parent
+LEAST_SEEDS = 3  # that a verdict needs
 
 Rule = Literal["better", "not worse"]
 RULES: tuple[str, ...] = get_args(Rule)
@@ -152,6 +153,11 @@ class Paper:
     def effort_on(self, dataset: str) -> str:
         """Return the effort that a notebook spends when none is asked for: "smoke" on digits, else the recorded one."""
         return "smoke" if dataset.startswith("digits") else self.setting.effort
+
+    def seeds_on(self, dataset: str, model: str, effort: str) -> int:
+        """Return how many seeds a notebook runs when none is asked for: those recorded, else what a verdict needs."""
+        recorded = (paper.setting for paper in self.everywhere if paper.setting.matches(dataset, model, effort))
+        return next((setting.seeds for setting in recorded), LEAST_SEEDS)
 
     def experiments(
         self,
