@@ -390,6 +390,34 @@ def test_warm_up_leaves_alpha_alone_and_alpha_leaves_the_weights_alone(digits: D
     assert all(torch.equal(one[n], other[n]) for n in one)
 
 
+class OneStep(Search):
+    """A search that ends after one step of α, and keeps the network and the α before it."""
+
+    def after_step(self, state: State) -> None:
+        self.before, self.alpha_before = copy.deepcopy(self.supernet.net), self.chains.alpha.detach().clone()
+        super().after_step(state)
+        self.batch, state.stop = (state.images, state.labels), True
+
+
+@pytest.mark.parametrize("target", [0.05, 0.9])  # below and above what is expected
+def test_alpha_descends_on_the_cross_entropy_and_a_tenth_of_the_budget_loss(target: float, digits: Data) -> None:
+    space = ChannelSpace(build("convnet-bn", shape=digits.shape, seed=0, width=0.5), digits.example)
+    chains, cost = random_chains(space.sizes), ExpectedCost(space, Budget(0.5))
+    search = OneStep(Supernet(space), chains, cost, target, DMCP(warmup=0))
+    fit(search.supernet, digits, Recipe(1, lr=0.01, batch_size=64), seed=0, hook=search, progress=False)
+
+    alpha = search.alpha_before.requires_grad_()
+    marginals = torch.cat([torch.ones(len(alpha), 1), alpha.sigmoid().cumprod(1)], dim=1)
+    soft = scaled_behind_batch_norm(ChannelSpace(search.before, digits.example), chains.gates(marginals).float())
+    images, labels = search.batch
+    task = F.cross_entropy(soft(images), labels)
+    (of_task,) = torch.autograd.grad(task, alpha, retain_graph=True)
+    (of_budget,) = torch.autograd.grad(budget_loss(cost(*chains.moments(marginals)), target), alpha)
+    assert chains.alpha.grad is not None
+    torch.testing.assert_close(chains.alpha.grad, of_task + 0.1 * of_budget, rtol=1e-3, atol=1e-6)
+    assert min(of_task.norm(), 0.1 * of_budget.norm()) > 0.01 * chains.alpha.grad.norm()  # neither is lost in the other
+
+
 def test_the_rate_of_alpha_falls_from_a_half_to_a_tenth(digits: Data) -> None:
     space = ChannelSpace(build("convnet-bn", shape=digits.shape, seed=0, width=0.25), digits.example)
     search = Search(Supernet(space), Chains(space.sizes), ExpectedCost(space, Budget(0.5)), 0.5, DMCP())
