@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from fractions import Fraction
 
@@ -16,12 +17,13 @@ from torch import Tensor, nn
 
 from prunelab import scores
 from prunelab.data import load
+from prunelab.masks import Masks
 from prunelab.methods.base import Pruned
 from prunelab.methods.hrank import RATES, Count, HRank, alone, by_layer, count, gaps, removed
 from prunelab.models import DenseLayer, build
 from prunelab.structure import Budget, ChannelSpace, ColumnSpace
 from prunelab.structure.maps import mean_over_maps
-from prunelab.training import Context, Recipe, fit
+from prunelab.training import Context, Recipe, State, fit
 
 SHAPE = (1, 8, 8)
 EPSILON = 2.0**-23  # of float32
@@ -453,6 +455,24 @@ def test_layers_go_one_after_the_other_and_stay_at_zero(context: Context) -> Non
     assert widths == [[first, 16, 32], [first, second, 32], [first, second, third]]
     x = images(8)
     torch.testing.assert_close(pruned.net.eval()(x), trained[0].eval()(x), rtol=1e-4, atol=1e-4)
+
+
+def test_the_rate_of_each_layer_falls_as_in_the_published_code(context: Context) -> None:
+    """Of the 30 epochs that the published code trains a layer, five at 0.01, five at a tenth, the rest at a hundredth.
+
+    An epoch is a step here.
+    """
+    epochs = 90.5 / context.steps_per_epoch  # three layers
+    context = dataclasses.replace(context, recipe=dataclasses.replace(context.recipe, epochs=epochs))
+    rates: list[float] = []
+
+    def note(self: Masks, state: State) -> None:
+        rates.append(state.optimizer.param_groups[0]["lr"])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Masks, "before_step", note)
+        HRank(g=50, share=1.0)(convnet(), Budget(0.5), context)
+    assert rates == pytest.approx(3 * (5 * [0.01] + 5 * [0.001] + 20 * [0.0001]))
 
 
 def test_runs_repeat_bit_for_bit(context: Context) -> None:
