@@ -288,6 +288,7 @@ def test_the_pruned_network(unit: str, recovery: bool, digits: data.Data, traine
 def test_half_of_every_convolution_is_exactly_half_of_the_macs() -> None:
     net = models.build("convnet")
     space = ColumnSpace(net, torch.zeros(1, 3, 32, 32))
+    assert 2 * space.cost(space.sizes / 2, "conv") == space.cost(space.sizes, "conv")
     plan = space.plan_for(space.scores("l1"), [37 if g.name == "conv1" else Fraction(1, 2) for g in space.groups])
     assert plan.widths == {"conv1": 37, "conv2": 400, "conv3": 400}  # 75 columns do not halve
     even = {g.name: list(range(g.size // 2)) for g in space.groups if g.name != "conv1"}

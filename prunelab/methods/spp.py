@@ -98,6 +98,9 @@ class PruningProbability:
 class SPP:
     """Structured Probabilistic Pruning, on columns as in the paper or on filters.
 
+    In plain networks the authors' code also removes a filter as soon as the next layer has lost all columns that read
+    it. Here it stays, and so do its multiply-adds: layers lose columns alone, each its own count.
+
     Attributes:
         A: largest step of p, in (0, 1].
         u: height of the middle of Δ relative to A, in (0, 1).
