@@ -39,7 +39,7 @@ UNITS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 """What can be removed: the space that cuts it, and the structures that are penalised for it."""
 
-ZERO = 1e-4  # smaller weights are set to zero after every update
+ZERO = 1e-4  # smaller penalised weights are set to zero after every update
 REFERENCE = 128  # the group size of multiplier 1 in the released AlexNet configuration
 REFRESH = 20  # steps between two looks at the norms
 
@@ -56,14 +56,16 @@ class SSL:
     every 20 steps, as the loss pulls back. Then the groups of least norm / m go, zeros before all others, until the
     budget is met; what is cut cannot come back, which is the paper's freezing of zeros.
 
-    lambda_g: λ_g >= 0, constant, as in the paper (3e-3 for its ConvNet); None: found from the budget as above.
+    lambda_g: λ_g >= 0, constant, as in the paper, whose values are not known (the released code starts its ConvNet at
+        3e-3); None: found from the budget as above.
     unit: a key of `UNITS`. "filters+columns" are the rows and columns of the im2col matrix; "blocks" is depth: all
         convolutions of every residual branch, and a branch goes with the smallest. The penalty is on convolutions
         that units can be cut from; a unit without any is never removed. With "blocks", whole branches are all there is
         to meet a budget with: what is left may be well below it.
-    update: "subgradient", the paper's: λ_g·m·W/||W^(g)|| joins the gradient, 0 where the norm is 0, and weights below
-        1e-4 become zero after each update. "proximal": after the plain update every norm loses λ_g·m·η, or becomes
-        zero, W <- W·max(0, 1 - λ_g·m·η / ||W^(g)||), exact for one structure and one structure after the other for two.
+    update: "subgradient", the paper's: λ_g·m·W/||W^(g)|| joins the gradient, 0 where the norm is 0, and weights
+        of penalised kernels below 1e-4 become zero after each update. "proximal": after the plain update every norm
+        loses λ_g·m·η, or becomes zero, W <- W·max(0, 1 - λ_g·m·η / ||W^(g)||), exact for one structure and one
+        structure after the other for two.
     ranking: "global", the paper's: one λ_g, and norms decide how much each layer loses; "layer": the same share of
         every group goes, and each has the λ_g that takes it there.
     multipliers: m. None: 1 everywhere, the paper's plain norm. "sqrt": √(weights in the group / 128), which makes the
