@@ -138,7 +138,6 @@ def test_averaging_sums_scores_with_decay() -> None:
     layer = PruningProbability(2, 1, SPP(averaging=0.5))
     for score in ([1.0, 2.0], [4.0, 8.0]):
         layer.update(np.array(score))
-    assert layer.score is not None
     assert layer.score.tolist() == [4.5, 9.0]
 
 

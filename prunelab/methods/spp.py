@@ -55,7 +55,7 @@ class PruningProbability:
         self.remove, self.settings = remove, settings
         self.p: Floats = np.zeros(size)
         self.gone = np.zeros(size, dtype=bool)
-        self.score: Floats | None = None
+        self.score: Floats = np.zeros(size)
 
     @property
     def finished(self) -> bool:
@@ -64,9 +64,9 @@ class PruningProbability:
 
     def update(self, score: Floats) -> None:
         """Move every p by Δ of its rank among the units that are left; those that reach 1 are gone for good."""
-        self._average(score)
+        self.score = self.settings.averaging * self.score + score
         alive = np.flatnonzero(~self.gone)
-        order = alive[np.argsort(self._score[alive], kind="stable")]
+        order = alive[np.argsort(self.score[alive], kind="stable")]
         aim = min(self.remove + math.ceil(self.settings.margin * len(self.p)), len(self.p) - 1)
         ranks = np.arange(len(order), dtype=float)
         change = increment(ranks, aim - int(self.gone.sum()), self.settings.A, self.settings.u)
@@ -82,16 +82,19 @@ class PruningProbability:
     def finish(self) -> None:
         """Remove what is still missing from the count: the units most likely to go, the weaker of two equals first."""
         alive = np.flatnonzero(~self.gone)
-        order = alive[np.lexsort((self._score[alive], -self.p[alive]))]
+        order = alive[np.lexsort((self.score[alive], -self.p[alive]))]
         self.gone[order[: self.remove - int(self.gone.sum())]] = True
         self.p[self.gone] = 1
 
-    @property
-    def _score(self) -> Floats:
-        return np.zeros(len(self.p)) if self.score is None else self.score
+    def settle(self) -> Floats:
+        """Return the factor of each unit's weights, [size]: 0 if it is gone, else 1, or 1 − p when the count is full.
 
-    def _average(self, score: Floats) -> None:
-        self.score = score if self.score is None else self.settings.averaging * self.score + score
+        From then on the others stay for certain: their p is 0.
+        """
+        factor = 1 - self.p if self.finished else 1.0 - self.gone
+        if self.finished:
+            self.p = self.gone.astype(float)
+        return factor
 
 
 @dataclass(frozen=True)
@@ -205,28 +208,20 @@ class Pruning(Hook):
     def refresh(self) -> None:
         """Update the probabilities from the stored weights; remove for good what reached p = 1."""
         norms = scores.l1(self.space)
-        before = {name: (layer.gone.copy(), layer.finished) for name, layer in self.layers.items()}
         for name, layer in self.layers.items():
             if not layer.finished:
                 layer.update(norms[name].double().cpu().numpy())
                 self.trace[name].append(layer.p.copy())
-        self._settle(before)
+        self._settle()
 
     def finish(self) -> bool:
         """Cut every layer that has not finished at its count; return whether all had."""
-        before = {name: (layer.gone.copy(), layer.finished) for name, layer in self.layers.items()}
+        finished = all(layer.finished for layer in self.layers.values())
         for layer in self.layers.values():
             layer.finish()
-        self._settle(before)
-        return all(finished for _, finished in before.values())
+        self._settle()
+        return finished
 
-    def _settle(self, before: Mapping[str, tuple[NDArray[np.bool_], bool]]) -> None:
-        """Zero the units that have just gone; in a layer that just finished, scale the rest by 1 − p, then p = 0."""
-        factors = []
-        for name, layer in self.layers.items():
-            factor = np.where(layer.gone & ~before[name][0], 0.0, 1.0)
-            if layer.finished and not before[name][1]:
-                factor = np.where(layer.gone, 0.0, 1 - layer.p)
-                layer.p = layer.gone.astype(float)
-            factors.append(factor)
-        self.space.apply_gates(self.space.net, torch.from_numpy(np.concatenate(factors)))
+    def _settle(self) -> None:
+        factors = np.concatenate([layer.settle() for layer in self.layers.values()])
+        self.space.apply_gates(self.space.net, torch.from_numpy(factors))
