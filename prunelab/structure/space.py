@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
@@ -372,12 +372,20 @@ class Space(ABC):
         self.apply_gates(masked, self.gates(plan))
         return masked
 
-    @torch.no_grad()
     def apply_gates(self, net: nn.Module, gates: Tensor) -> None:
         """Multiply the gates, [units], into the parameters of `net`, a copy of this space's network, in place."""
-        for parameter, owners in self.owned(net):
-            for units in owners:
-                parameter.mul_(open_ended(gates.to(parameter))[units.to(parameter.device)])
+        multiply(self.factors(net, gates))
+
+    def factors(self, net: nn.Module, gates: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
+        """List what `apply_gates` multiplies parameters by: each, once for every axis of owners, with their gates.
+
+        The gates have a shape that broadcasts to the parameter's.
+        """
+        return [
+            (parameter, open_ended(gates.to(parameter))[units.to(parameter.device)])
+            for parameter, owners in self.owned(net)
+            for units in owners
+        ]
 
     # -- optimisers -------------------------------------------------------------------------------------------------
 
@@ -519,6 +527,13 @@ def _refuse_step(optimizer: Optimizer, *_: object) -> None:
     raise RuntimeError(
         "this optimiser holds the parameters of a network that was shrunk: step the one `carry` returned"
     )
+
+
+@torch.no_grad()
+def multiply(factors: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
+    """Multiply each parameter, in place, by the factor that comes with it."""
+    for parameter, factor in factors:
+        parameter.mul_(factor)
 
 
 def open_ended(gates: Tensor) -> Tensor:
