@@ -6,7 +6,7 @@ import itertools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, get_args
 
@@ -161,10 +161,14 @@ class History:
 
 @dataclass(frozen=True)
 class Context:
-    """What a pruning method is given to work with; `recipe.epochs` is all the effort that follows the dense net.
+    """What a pruning method is given to work with.
 
+    data: what it trains and measures on.
+    recipe: of the training that follows the dense net's; its epochs are all the effort, the method's and the caller's.
+    seed: of everything random, >= 0.
+    progress: whether to show bars.
     initial: the dense net before its training, and dense: how it was trained. Methods that go back to the start need
-    both; they refuse a context without.
+        both; they refuse a context without.
     """
 
     data: Data
@@ -178,6 +182,15 @@ class Context:
     def steps_per_epoch(self) -> int:
         """How many updates one pass over the training images makes."""
         return len(self.data.train.labels) // self.recipe.batch_size
+
+    def constant(self, epochs: float, lr: float) -> Recipe:
+        """Return the recipe for so many epochs at a constant learning rate."""
+        return replace(self.recipe, epochs=epochs, schedule="constant", lr=lr)
+
+    def train(self, net: nn.Module, recipe: Recipe, hook: Hook, label: str, seed: int | None = None) -> History:
+        """Train a network in place with `fit`, by the context's seed if no other is given."""
+        seed = self.seed if seed is None else seed
+        return fit(net, self.data, recipe, seed=seed, hook=hook, progress=self.progress, label=label)
 
 
 def fit(

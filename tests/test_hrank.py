@@ -436,20 +436,21 @@ def test_layers_go_one_after_the_other_and_stay_at_zero(context: Context) -> Non
     """Before a layer's turn it is whole; after it, what it lost is zero in everything that a unit owns."""
     widths: list[list[int]] = []
     trained: list[nn.Module] = []
+    train = Context.train
 
     class Watched(ChannelSpace):
         def shrink(self, plan):  # type: ignore[no-untyped-def]
             trained.append(copy.deepcopy(self.net))
             return super().shrink(plan)
 
-    def watched(net: nn.Module, *args, **options):  # type: ignore[no-untyped-def]
-        run = fit(net, *args, **options)
+    def watched(context: Context, net: nn.Module, *args, **options):  # type: ignore[no-untyped-def]
+        run = train(context, net, *args, **options)
         widths.append([int(norm.weight.count_nonzero()) for norm in (net.bn1, net.bn2, net.bn3)])
         return run
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("prunelab.methods.hrank.ChannelSpace", Watched)
-        patch.setattr("prunelab.methods.hrank.fit", watched)
+        patch.setattr(Context, "train", watched)
         pruned = HRank(g=50, share=1.0)(convnet(), Budget(0.5), context)
     first, second, third = pruned.plan.widths.values()
     assert widths == [[first, 16, 32], [first, second, 32], [first, second, third]]

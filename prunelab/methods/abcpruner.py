@@ -7,7 +7,6 @@ with filters inherited from the trained one, is the most accurate after a short 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -253,7 +252,7 @@ class _Fitness:
         if steps < 1:
             raise ValueError(f"abcpruner: each of the trainings gets {steps:.2f} steps: raise share, or try fewer")
         self.structures, self.context, self.tick = structures, context, tick
-        self.recipe = dataclasses.replace(context.recipe, epochs=epochs, schedule="constant")
+        self.recipe = context.constant(epochs, context.recipe.lr)
         self.epochs = 0.0
         self.tried: list[Source] = []
 

@@ -27,7 +27,7 @@ from prunelab.methods.base import Pruned, space_of
 from prunelab.purification import Measure, filled, purify
 from prunelab.structure import Budget, Plan, RowColumnSpace, Space
 from prunelab.structure.space import Ints
-from prunelab.training import Context, Recipe, evaluate, fit
+from prunelab.training import Context, Recipe, evaluate
 
 Floats = NDArray[np.float64]
 
@@ -134,8 +134,7 @@ class AutoCompress:
         history: dict[str, list[Any]] = defaultdict(list)
 
         def train(hook: Masks, number: int) -> float:
-            seed, progress = context.seed + APART * number, context.progress
-            return fit(space.net, context.data, phase, seed=seed, hook=hook, progress=progress, label=self.name).epochs
+            return context.train(space.net, phase, hook, self.name, context.seed + APART * number).epochs
 
         spent = space.spent(budget)
         for number in range(rounds):
@@ -188,7 +187,7 @@ class AutoCompress:
                 f"autocompress: each of {2 * rounds} trainings gets {steps} steps, fewer than updates={self.updates}: "
                 "raise share or the epochs, or lower updates or rounds"
             )
-        return dataclasses.replace(context.recipe, epochs=epochs, schedule="constant", lr=self.lr)
+        return context.constant(epochs, self.lr)
 
 
 def quick(space: Space, context: Context, images: int) -> Measure:

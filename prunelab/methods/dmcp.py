@@ -7,7 +7,6 @@ transition probabilities are trained by gradient descent on the loss and on the 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from prunelab.methods.base import Pruned
 from prunelab.models import reinitialise
 from prunelab.structure import Budget, ChannelSpace, Plan
 from prunelab.structure.space import Ints, open_ended
-from prunelab.training import Context, Hook, Recipe, State, fit, mixed_precision
+from prunelab.training import Context, Hook, Recipe, State, mixed_precision
 
 Sampling = Literal["expected", "direct"]
 
@@ -122,15 +121,7 @@ class DMCP:
             )
         recipe = self._recipe(context)
         search = Search(Supernet(space), chains, cost, budget.fraction, self)
-        run = fit(
-            search.supernet,
-            context.data,
-            recipe,
-            seed=context.seed,
-            hook=search,
-            progress=context.progress,
-            label=self.name,
-        )
+        run = context.train(search.supernet, recipe, search, self.name)
         plan = self._plan(space, chains, cost, budget, context.seed)
         small = reinitialise(space.shrink(plan), context.seed + APART)
         passes = (4 * run.steps + search.alpha_steps) / context.steps_per_epoch
@@ -142,7 +133,7 @@ class DMCP:
         steps = math.floor(passes / (5 - self.warmup))
         if math.ceil(self.warmup * steps) >= steps:
             raise ValueError(f"dmcp: none of the {steps} steps of the search moves α: raise share, now {self.share}")
-        return dataclasses.replace(context.recipe, epochs=steps / context.steps_per_epoch, schedule="constant")
+        return context.constant(steps / context.steps_per_epoch, context.recipe.lr)
 
     def _plan(self, space: ChannelSpace, chains: Chains, cost: ExpectedCost, budget: Budget, seed: int) -> Plan:
         """Turn probabilities into widths, and those into the prefixes that stay."""

@@ -31,7 +31,7 @@ from prunelab.scores import IMAGES_AT_A_TIME
 from prunelab.structure import Budget, ChannelSpace, Plan, Space
 from prunelab.structure.maps import mean_over_maps
 from prunelab.structure.space import Scores
-from prunelab.training import Context, Hook, Recipe, State, fit
+from prunelab.training import Context, Hook, State
 
 Metric = Literal["minimum", "maximum", "random", "minimum_layer", "maximum_layer", "random_layer"]
 Weights = Literal["initial", "fresh"]
@@ -109,6 +109,7 @@ class DropNet:
                 f"{', '.join(layers)} keeps {least:.4f} of the {budget.what}"
             )
         recipe = dataclasses.replace(context.dense, epochs=self.j * context.dense.epochs)
+        stop = EarlyStopping(context.data, self.patience)
         draw = np.random.default_rng(context.seed)
         history: dict[str, list[object]] = {"units": [], "cost": [], "activity": []}
         plan, trained, epochs = space.plan({}), net, 0.0
@@ -117,7 +118,7 @@ class DropNet:
             if self._sign:
                 if history["units"]:
                     trained = space.shrink(plan)
-                    epochs += self._train(trained, recipe, context)
+                    epochs += context.train(trained, recipe, stop, self.name).epochs
                 found = activity(ChannelSpace(trained, context.data.example), _images(context.data))
                 history["activity"].append({layer: found[layer] for layer in layers})
                 scores = {layer: self._sign * found[layer] for layer in layers}
@@ -133,12 +134,6 @@ class DropNet:
     def _sign(self) -> int:
         """What the activity is multiplied by to be a score."""
         return {"minimum": 1, "maximum": -1, "random": 0}[self.metric.removesuffix("_layer")]
-
-    def _train(self, net: nn.Module, recipe: Recipe, context: Context) -> float:
-        """Train a cycle's network, and return the epochs."""
-        stop = EarlyStopping(context.data, self.patience)
-        run = fit(net, context.data, recipe, seed=context.seed, hook=stop, progress=context.progress, label=self.name)
-        return run.epochs
 
     def _drop(self, space: Space, plan: Plan, scores: Scores, budget: Budget, draw: np.random.Generator) -> Plan:
         """Drop a cycle's units, or as few of them as meet the budget."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar, Literal, NamedTuple, get_args
 
@@ -17,7 +18,7 @@ from prunelab._checks import POSITIVE, check_fields, check_shares, integer, one_
 from prunelab.masks import Masks
 from prunelab.methods.base import Pruned
 from prunelab.structure import Budget, ChannelSpace, Plan
-from prunelab.training import Context, fit
+from prunelab.training import Context
 
 Selection = Literal["highest", "lowest", "random"]
 
@@ -135,11 +136,8 @@ class HRank:
     def _train(self, space: ChannelSpace, plan: Plan, steps: int, seed: int, context: Context) -> float:
         """Train with what is pruned so far at zero, and return the epochs."""
         epochs = steps / context.steps_per_epoch
-        phase = replace(context.recipe, epochs=epochs, schedule="step", milestones=MILESTONES, lr=self.lr)
-        hook = Masks(space, plan)
-        return fit(
-            space.net, context.data, phase, seed=seed, hook=hook, progress=context.progress, label=self.name
-        ).epochs
+        phase = dataclasses.replace(context.recipe, epochs=epochs, schedule="step", milestones=MILESTONES, lr=self.lr)
+        return context.train(space.net, phase, Masks(space, plan), self.name, seed).epochs
 
 
 def _convolves(space: ChannelSpace, group: str) -> bool:

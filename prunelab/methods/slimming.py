@@ -7,7 +7,6 @@ threshold cuts them, and so the widths of the layers are found rather than set.
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections import OrderedDict
 from dataclasses import dataclass
 from fractions import Fraction
@@ -22,7 +21,7 @@ from prunelab.layers import ChannelSelection
 from prunelab.methods.base import Pruned
 from prunelab.structure import Budget, ChannelSpace, Plan
 from prunelab.structure.space import Ranking, Scores
-from prunelab.training import Context, Hook, State, fit
+from prunelab.training import Context, Hook, State
 
 APART = 100  # between the seeds of two passes, so that neither another pass nor the fine-tuning repeats its batches
 
@@ -89,14 +88,12 @@ class Slimming:
         scores = dense.scores("bn_scale")
         dense.plan_for(scores, budget)  # before any work: what cannot be met with one channel a layer,
         dense.plan_for(protected(scores, self.cap), budget.at(fractions[0]))  # or because of the cap
-        epochs = self.share * context.recipe.epochs / self.passes
-        phase = dataclasses.replace(context.recipe, epochs=epochs, schedule="constant", lr=self.lr)
+        phase = context.constant(self.share * context.recipe.epochs / self.passes, self.lr)
         plan, spent = dense.plan({}), 0.0
         history: dict[str, list[Any]] = {"scales": [], "widths": []}
         for number, fraction in enumerate(fractions):
             seed = context.seed + APART * number
-            hook = Penalty(self.penalty)
-            run = fit(space.net, context.data, phase, seed=seed, hook=hook, progress=context.progress, label=self.name)
+            run = context.train(space.net, phase, Penalty(self.penalty), self.name, seed)
             scores = space.scores("bn_scale")
             present = dense.spent(budget)(dense.widths(plan))
             left = budget.at(min(1.0, fraction / present))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -23,7 +23,7 @@ from prunelab._checks import FLAG, FRACTION, POSITIVE, check_fields, integer, on
 from prunelab.methods.base import Pruned, space_of
 from prunelab.structure import Budget, Space
 from prunelab.structure.space import open_ended
-from prunelab.training import Context, Hook, State, fit
+from prunelab.training import Context, Hook, State
 
 Floats = NDArray[np.float64]
 
@@ -153,10 +153,8 @@ class SPP:
         net = copy.deepcopy(net)
         space = space_of(self.unit, net, context.data.example)
         pruning = Pruning(space, self.counts(space, budget), self)
-        phase = replace(context.recipe, epochs=self.share * context.recipe.epochs, schedule="constant", lr=self.lr)
-        spent = fit(
-            net, context.data, phase, seed=context.seed, hook=pruning, progress=context.progress, label=self.name
-        )
+        phase = context.constant(self.share * context.recipe.epochs, self.lr)
+        spent = context.train(net, phase, pruning, self.name)
         finished = pruning.finish()
         plan = space.plan({name: np.flatnonzero(~layer.gone).tolist() for name, layer in pruning.layers.items()})
         trace = {name: np.array(rows, dtype=np.float32) for name, rows in pruning.trace.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from prunelab._checks import FRACTION, NOT_NEGATIVE, POSITIVE, Legal, check_fiel
 from prunelab.methods.base import Pruned, space_of
 from prunelab.structure import BlockSpace, Budget, Plan, RowColumnSpace, Space
 from prunelab.structure.space import Ranking
-from prunelab.training import Context, Hook, State, fit
+from prunelab.training import Context, Hook, State
 
 Update = Literal["subgradient", "proximal"]
 
@@ -117,12 +116,8 @@ class SSL:
         kind, structures = UNITS[self.unit]
         space = space_of(kind, copy.deepcopy(net), context.data.example)
         hook = Pressure(space, penalised(space, structures, self.multipliers), self, budget)
-        phase = dataclasses.replace(
-            context.recipe, epochs=self.share * context.recipe.epochs, schedule="constant", lr=self.lr
-        )
-        run = fit(
-            space.net, context.data, phase, seed=context.seed, hook=hook, progress=context.progress, label=self.name
-        )
+        phase = context.constant(self.share * context.recipe.epochs, self.lr)
+        run = context.train(space.net, phase, hook, self.name)
         plan, _ = hook.look()
         names, sizes = [group.name for group in space.groups], space.sizes.tolist()
         history = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from prunelab._checks import FRACTION, NOT_NEGATIVE, POSITIVE, check_fields, int
 from prunelab.masks import Masks
 from prunelab.methods.base import Pruned
 from prunelab.structure import Budget, ChannelSpace, Plan
-from prunelab.training import Context, State, fit
+from prunelab.training import Context, State
 
 
 @dataclass(frozen=True)
@@ -63,14 +62,10 @@ class Taylor:
             raise ValueError(f"taylor: share is {self.share}: of {context.recipe.epochs} epochs that is not one update")
         updates = min(self.updates, steps)
         rounds = steps // updates
-        phase = dataclasses.replace(
-            context.recipe, epochs=rounds * updates / context.steps_per_epoch, schedule="constant", lr=self.lr
-        )
+        phase = context.constant(rounds * updates / context.steps_per_epoch, self.lr)
         with gated(space) as theta:
             hook = _Removal(space, theta, self, budget, updates, rounds)
-            run = fit(
-                space.net, context.data, phase, seed=context.seed, hook=hook, progress=context.progress, label=self.name
-            )
+            run = context.train(space.net, phase, hook, self.name)
         return Pruned(space.shrink(hook.plan), hook.plan, run.epochs, {"widths": hook.widths})
 
 
