@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -265,18 +266,12 @@ class Space(ABC):
             budget: its fraction is not used.
             scores: whose best units are meant, as what is kept may matter to latency; by default the first ones.
         """
-        ranked = scores or {group.name: torch.zeros(group.size) for group in self.groups}
-
-        def relative(closed_form: Callable[[Ints], Ints]) -> Callable[[Ints], float]:
-            dense = int(closed_form(self.sizes))
-            return lambda widths: float(closed_form(widths) / dense)
-
-        measures: dict[str, Callable[[], Callable[[Ints], float]]] = {
-            "macs": lambda: relative(lambda widths: self.cost(widths, budget.scope)),
-            "parameters": lambda: relative(self.parameter_cost),
-            "latency": lambda: lambda widths: self._latency(self._best(ranked, widths)),
-        }
-        return measures[budget.cost]()
+        if budget.latency is not None:
+            ranked = scores or {group.name: torch.zeros(group.size) for group in self.groups}
+            return lambda widths: self._latency(self._best(ranked, widths))
+        closed_form = self.parameter_cost if budget.macs is None else self.cost
+        dense = int(closed_form(self.sizes, budget.scope))
+        return lambda widths: float(closed_form(widths, budget.scope) / dense)
 
     @cached_property
     def parameter_cost(self) -> Cost:
@@ -475,17 +470,11 @@ class Space(ABC):
                 f"budget {budget.cost}={budget.fraction} cannot be met: the smallest legal plan, with "
                 f"every unit of infinite score, keeps {least:.4f} of the {budget.what}"
             )
-        low, high = 0, len(order)  # the budget is met after removing `high` units
-        while low < high:
-            middle = (low + high) // 2
-            if spent(widths(middle)) <= budget.fraction:
-                high = middle
-            else:
-                low = middle + 1
-        found = widths(high)
+        count = bisect_left(range(len(order)), True, key=lambda count: spent(widths(count)) <= budget.fraction)
+        found = widths(count)
         if budget.latency is None:  # no measurement can tell one unit from none
             # Give each group one unit back, last removed first, where it fits: the groups' units differ in cost.
-            for group in dict.fromkeys(removed_from[:high][::-1].tolist()):
+            for group in dict.fromkeys(removed_from[:count][::-1].tolist()):
                 found[group] += 1
                 if spent(found) > budget.fraction:
                     found[group] -= 1
