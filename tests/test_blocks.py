@@ -237,7 +237,7 @@ def test_budgets_are_met_and_used(what: str, ranking: str) -> None:
     assert not any(space.plan_for(scores, Budget(**{what: least + 1e-9}), ranking).widths.values())
     with pytest.raises(ValueError, match=f"budget {what}=.* cannot be met"):
         space.plan_for(scores, Budget(**{what: least - 1e-3}), ranking)
-    with pytest.raises(ValueError, match="ranking='best'"):
+    with pytest.raises(ValueError, match="ranking is 'best'; it must be"):
         space.plan_for(scores, Budget(**{what: 0.5}), "best")
 
 

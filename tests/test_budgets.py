@@ -198,7 +198,7 @@ def test_a_budget_is_of_one_cost() -> None:
         ({"latency": float("nan")}, r"budget latency=nan: the fraction of latency to keep must be in \(0, 1\]"),
         ({"latency": 1.5}, "budget latency=1.5"),
         ({"parameters": 0.5, "scope": "conv"}, "scope='conv' says which MACs are counted: the budget is of parameters"),
-        ({"parameters": 0.5, "scope": "linear"}, "scope='linear': legal values are 'all', 'conv'"),
+        ({"parameters": 0.5, "scope": "linear"}, "scope is 'linear'; it must be one of 'all', 'conv'"),
     ],
 )
 def test_bad_budgets_are_named(arguments: dict[str, object], message: str) -> None:

@@ -153,14 +153,15 @@ def with_scores(space: Space, **changed: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda s: Budget(0.5, "linear"), "scope='linear': legal values are 'all', 'conv'"),
-        (lambda s: s.macs(scope="linear"), "scope='linear': legal values are 'all', 'conv'"),
+        (lambda s: Budget(0.5, "linear"), "scope is 'linear'; it must be one of 'all', 'conv'"),
+        (lambda s: s.macs(scope="linear"), "scope is 'linear'; it must be one of 'all', 'conv'"),
         (lambda s: s.scores("l3"), "unknown criterion 'l3': legal names are 'l1'"),
         (lambda s: s.scores(lambda space: {}), r"scores of group 'conv1' must have shape \(32,\), got nothing"),
         (
             lambda s: s.plan_for(s.scores("l1"), Budget(0.5), "best"),
-            "ranking='best': legal values are 'layer', 'global'",
+            "ranking is 'best'; it must be one of 'layer', 'global'",
         ),
+        (lambda s: s.plan_for(s.scores("l1"), {"conv1": 8}, "best"), "ranking is 'best'; it must be one of"),
         (
             lambda s: s.plan_for(s.scores("l1"), [0.5, 0.5]),
             "2 shares for 3 groups: give one each for conv1, conv2, conv3",

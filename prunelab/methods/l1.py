@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from prunelab import scores as criteria
-from prunelab._checks import check_shares, one_of, within
+from prunelab._checks import Legal, check_fields, check_shares, one_of, within
 from prunelab.data import Data
 from prunelab.methods.base import SPACES, Pruned, space_of
 from prunelab.structure import Budget, ChannelSpace, Plan, Space
@@ -54,14 +54,16 @@ class L1:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        for field, legal in (
-            ("unit", tuple(SPACES)),
-            ("selection", get_args(Selection)),
-            ("order", get_args(Order) if self.unit == "filters" else ("independent",)),
-        ):
-            if not one_of(legal).accepts(getattr(self, field)):
-                names = ", ".join(map(repr, legal))
-                raise ValueError(f"l1: {field} is {getattr(self, field)!r}; legal with unit={self.unit!r}: {names}")
+        check_fields(
+            self,
+            self.name,
+            unit=one_of(SPACES),
+            selection=one_of(get_args(Selection)),
+            order=Legal(
+                "'independent', or 'greedy' with unit='filters'",
+                lambda order: order == "independent" or (order == "greedy" and self.unit == "filters"),
+            ),
+        )
         check_shares("l1: ratios", self.ratios, within("[0, 1)"))
 
     def __call__(self, net: nn.Module, budget: Budget, context: Context) -> Pruned:

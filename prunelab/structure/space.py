@@ -26,7 +26,7 @@ from prunelab import scores as criteria
 from prunelab._checks import FRACTION, Legal, check, instance, one_of
 from prunelab.structure.plan import Plan, indices
 
-Scope = Literal["all", "conv"]
+Scope = cost.Scope
 Ranking = Literal["layer", "global"]
 Scores = Mapping[str, Tensor]
 Share = int | float | Fraction
@@ -72,7 +72,7 @@ class Budget:
         if not FRACTION.accepts(self.fraction):
             what = _COSTS[self.cost]
             raise ValueError(f"budget {self.cost}={self.fraction!r}: the fraction of {what} to keep must be in (0, 1]")
-        check_scope(self.scope)
+        check("scope", self.scope, one_of(get_args(Scope)))
         if self.macs is None and self.scope != "all":
             raise ValueError(f"scope={self.scope!r} says which MACs are counted: the budget is of {self.cost}")
 
@@ -99,12 +99,6 @@ class Budget:
 
 
 _COSTS = {"macs": "MACs", "parameters": "parameters", "latency": "latency"}
-
-
-def check_scope(scope: str) -> None:
-    """Raise ValueError unless `scope` is one that costs are counted in."""
-    if not one_of(get_args(Scope)).accepts(scope):
-        raise ValueError(f"scope={scope!r}: legal values are {', '.join(map(repr, get_args(Scope)))}")
 
 
 def kept_count(size: int, share: Share) -> int:
@@ -225,11 +219,12 @@ class Space(ABC):
 
         Raises:
             ValueError: a budget below what every group has to keep, a list of the wrong length, an unknown
-                group, an illegal share, scores that do not fit the groups.
+                group, an illegal share, another ranking, scores that do not fit the groups.
         """
         scores = self._checked(scores)
         legal = instance(Budget | Mapping | list | tuple, "a Budget, a mapping {group: share} or a list")
         check("target", target, legal)
+        check("ranking", ranking, one_of(get_args(Ranking)))
         if isinstance(target, Budget):
             widths = self._widths_within(target, scores, ranking)
         else:
@@ -249,7 +244,7 @@ class Space(ABC):
 
     def macs(self, plan: Plan | Mapping[str, int] | None = None, scope: Scope = "all") -> int:
         """Return the MACs of the cut network in closed form; of the dense one without a plan."""
-        check_scope(scope)
+        check("scope", scope, one_of(get_args(Scope)))
         return int(self.cost(self.sizes if plan is None else self.widths(plan), scope))
 
     def parameters(self, plan: Plan | Mapping[str, int] | None = None) -> int:
@@ -495,8 +490,6 @@ class Space(ABC):
         return times["cut"].median / times["dense"].median
 
     def _priority(self, scores: Scores, ranking: Ranking) -> NDArray[np.float64]:
-        if not one_of(get_args(Ranking)).accepts(ranking):
-            raise ValueError(f"ranking={ranking!r}: legal values are {', '.join(map(repr, get_args(Ranking)))}")
         parts = []
         for group in self.groups:
             score = scores[group.name].detach().double().cpu().numpy()
