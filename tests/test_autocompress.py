@@ -62,6 +62,17 @@ def test_actions_meet_the_target_within_one_unit_and_grow_with_the_layer(unit: s
         rates = actions.neighbour(rates, 0.35, draw)
 
 
+@pytest.mark.parametrize("budget", [Budget(0.9), Budget(0.9, "conv"), Budget(parameters=0.9)], ids=str)
+def test_each_round_can_remove_a_unit_by_the_budgets_own_measure(budget: Budget) -> None:
+    space = space_for("filters")
+    one_less = [space.plan({group.name: range(1, group.size)}) for group in space.groups]
+    left = [space.spent(budget)(space.widths(plan)) for plan in one_less]
+    most = int(math.log(0.9) / math.log(max(share for share in left if share < 1)))
+    assert AutoCompress(rounds=most).rounds_to(space, budget) == most
+    with pytest.raises(ValueError, match=f"there can be {most} at most"):
+        AutoCompress(rounds=most + 1).rounds_to(space, budget)
+
+
 def test_an_extreme_target_does_not_hang() -> None:
     space = space_for("filters+columns")
     actions = Actions(space, space.plan({}), Budget(0.001, "conv"))
