@@ -31,9 +31,9 @@ def purify(
     strengths = strength(space, dead)
     accuracy = before = measure(dead)
     plan = dead
-    for step in range(1, 1 + THRESHOLDS if there > budget.fraction else 1):
-        target = budget.at(max(budget.fraction, there * FALL**step))
-        smaller = weakest_gone(space, dead, strengths, target)
+    falling = [there * FALL ** (step + 1) for step in range(THRESHOLDS)] if there > budget.fraction else []
+    for fraction in dict.fromkeys(max(budget.fraction, lower) for lower in falling):
+        smaller = weakest_gone(space, dead, strengths, budget.at(fraction))
         found = measure(smaller)
         if before - found > epsilon:
             break
