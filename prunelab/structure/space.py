@@ -130,8 +130,8 @@ class Cost:
     per_pair: Ints  # [layers]
     reads: Ints  # [layers, groups]
     reads_fixed: Ints  # [layers]
-    writes: Ints
-    writes_fixed: Ints
+    writes: Ints  # [layers, groups]
+    writes_fixed: Ints  # [layers]
     conv: NDArray[np.bool_]  # [layers]
 
     def __call__(self, widths: Ints, scope: Scope = "all") -> Ints:
@@ -142,7 +142,7 @@ class Cost:
         return np.asarray((reads * writes) @ per_pair)
 
     def per_unit(self, widths: Ints) -> Ints:
-        """Return the MACs that compute one unit of each group, [groups], at these widths; readers are not counted."""
+        """Return what it costs to write one unit of each group, [groups], at these widths; readers are not counted."""
         return np.asarray((self.per_pair * (widths @ self.reads.T + self.reads_fixed)) @ self.writes)
 
 
@@ -211,7 +211,9 @@ class Space(ABC):
         """Keep the units with the highest scores, as many as the target allows.
 
         Args:
-            scores: {group: [size]}; with a budget, units of score +inf are never removed.
+            scores: {group: [size]}. With a budget, units of score +inf are never removed. Units of score -inf are the
+                first to go, of their group or with a global ranking of all, but no surer to go than others: one stays
+                where nothing more has to go, or nothing else is left of its group.
             target: a budget; or what each group keeps, as {group: share} (groups not named stay whole) or a list in the
                 order of `groups`. A share is a count (int) or a fraction.
             ranking: with a budget, "layer" removes the same fraction of every group, "global" compares scores across
