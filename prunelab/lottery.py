@@ -10,12 +10,12 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
 
 from prunelab._checks import check, within
+from prunelab.structure.space import portion
 from prunelab.training import Hook, State
 
 WeightMasks = Mapping[str, Tensor]
@@ -41,7 +41,7 @@ def smallest_removed(net: nn.Module, ratio: float, masks: WeightMasks | None = N
     masks = masks or {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
     sizes = torch.cat([torch.where(masks[name], w.abs(), torch.inf).flatten() for name, w in weights.items()])
     present = int(sizes.isfinite().sum())
-    gone = sizes.argsort(stable=True)[: int(present * Fraction(str(ratio)))]
+    gone = sizes.argsort(stable=True)[: portion(present, ratio)]
     kept = sizes.isfinite().index_fill(0, gone, False).split([weight.numel() for weight in weights.values()])
     return {name: part.view_as(weights[name]) for name, part in zip(weights, kept, strict=True)}
 

@@ -13,7 +13,6 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import ClassVar, Literal, get_args
 
 import numpy as np
@@ -30,7 +29,7 @@ from prunelab.models import reinitialise
 from prunelab.scores import IMAGES_AT_A_TIME
 from prunelab.structure import Budget, ChannelSpace, Plan, Space
 from prunelab.structure.maps import mean_over_maps
-from prunelab.structure.space import Scores
+from prunelab.structure.space import Scores, portion
 from prunelab.training import Context, Hook, State
 
 Metric = Literal["minimum", "maximum", "random", "minimum_layer", "maximum_layer", "random_layer"]
@@ -248,7 +247,7 @@ class EarlyStopping(Hook):
 
 
 def _count(size: int, p: float) -> int:
-    return max(1, math.floor(size * Fraction(str(p))))
+    return max(1, portion(size, p))
 
 
 def _images(data: Data) -> Iterable[Tensor]:

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -18,6 +17,7 @@ from prunelab._checks import POSITIVE, check_fields, check_shares, integer, one_
 from prunelab.masks import Masks
 from prunelab.methods.base import Pruned
 from prunelab.structure import Budget, ChannelSpace, Plan
+from prunelab.structure.space import portion
 from prunelab.training import Context
 
 Selection = Literal["highest", "lowest", "random"]
@@ -146,8 +146,8 @@ def _convolves(space: ChannelSpace, group: str) -> bool:
 
 
 def removed(filters: int, rate: float) -> int:
-    """Return floor(rate·filters), how many go, in exact arithmetic: 0.9 means nine tenths."""
-    return int(filters * Fraction(str(rate)))
+    """Return floor(rate·filters), how many go, in exact arithmetic."""
+    return portion(filters, rate)
 
 
 def gaps(scores: Mapping[str, Tensor], plan: Plan) -> dict[str, float]:

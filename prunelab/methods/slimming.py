@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any, ClassVar, get_args
 
 import torch
@@ -20,7 +19,7 @@ from prunelab._modules import replace_module
 from prunelab.layers import ChannelSelection
 from prunelab.methods.base import Pruned
 from prunelab.structure import Budget, ChannelSpace, Plan
-from prunelab.structure.space import Ranking, Scores
+from prunelab.structure.space import Ranking, Scores, portion
 from prunelab.training import Context, Hook, State
 
 APART = 100  # between the seeds of two passes, so that neither another pass nor the fine-tuning repeats its batches
@@ -167,7 +166,7 @@ def protected(scores: Scores, cap: float) -> dict[str, Tensor]:
     """Make the best units of each group infinitely good, all but floor(cap·size) of them and at least one."""
     found = {}
     for name, score in scores.items():
-        stay = max(1, len(score) - int(len(score) * Fraction(str(cap))))
+        stay = max(1, len(score) - portion(len(score), cap))
         best = score.argsort(descending=True, stable=True)[:stay]
         found[name] = score.index_fill(0, best, torch.inf)
     return found
@@ -192,6 +191,6 @@ def threshold_plan(space: ChannelSpace, fraction: float, cap: float = 1.0) -> Pl
     check("cap", cap, FRACTION)
     scores = space.scores("bn_scale")
     pooled = torch.cat(list(scores.values())).sort().values
-    threshold = pooled[int(len(pooled) * Fraction(str(fraction)))]
+    threshold = pooled[portion(len(pooled), fraction)]
     stays = {name: (score > threshold).nonzero() for name, score in protected(scores, cap).items()}
     return space.plan({name: kept.flatten().tolist() for name, kept in stays.items()})

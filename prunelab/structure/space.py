@@ -101,10 +101,13 @@ class Budget:
 _COSTS = {"macs": "MACs", "parameters": "parameters", "latency": "latency"}
 
 
+def portion(size: int, fraction: float | Fraction) -> int:
+    """Return floor(fraction·size), exact: 0.1 means one tenth, not the binary number next to it: 0.7 of 10 is 7."""
+    return int(size * Fraction(str(fraction)))
+
+
 def kept_count(size: int, share: Share) -> int:
     """How many of `size` units a share keeps: an int is a count, a fraction f in (0, 1] keeps max(1, floor(f·size)).
-
-    The product is exact: 0.1 means one tenth, not the binary number next to it, so that 0.7 of 10 keeps 7.
 
     Raises:
         ValueError: a fraction outside (0, 1], or a count outside [1, size].
@@ -115,7 +118,7 @@ def kept_count(size: int, share: Share) -> int:
         return int(share)
     if not FRACTION.accepts(share):
         raise ValueError(f"share {share}: a kept fraction must be in (0, 1]; a kept count must be an int")
-    return max(1, int(size * Fraction(str(share))))
+    return max(1, portion(size, share))
 
 
 @dataclass(frozen=True)
