@@ -44,7 +44,7 @@ def bn_scale(space: Space) -> dict[str, Tensor]:
     if coupling is None:
         raise ValueError(f"bn_scale scores channels; this space has {space.kind}, which no batch norm scales")
     scales = {axis.module: axis.units for axis in coupling.axes if axis.role == "channel" and axis.tensor == "weight"}
-    writers = {axis.module for axis in coupling.axes if axis.role == "out" and (axis.units >= 0).any()}
+    writers = dict.fromkeys(axis.module for axis in coupling.axes if axis.role == "out" and (axis.units >= 0).any())
     bare = sorted(writer for writer in writers if coupling.norms.get(writer) not in scales)
     if bare:
         raise ValueError(

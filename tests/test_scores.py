@@ -57,10 +57,11 @@ def test_bn_scale_adds_the_norms_of_a_sum() -> None:
             nn.init.normal_(norm.weight, generator=generator)
     found = ChannelSpace(net, EXAMPLE).scores("bn_scale")
     assert torch.equal(found["stage1.1.conv1"], net.stage1[1].bn1.weight.detach().abs())
-    expected = net.bn.weight.detach().abs() + sum(block.bn2.weight.detach().abs() for block in net.stage1)
-    for stage, first in ((net.stage2, 8), (net.stage3, 24)):
-        expected += sum(block.bn2.weight.detach().abs()[first : first + 16] for block in stage)
-    torch.testing.assert_close(found["conv"], expected)
+    expected = net.bn.weight.detach().abs()
+    for stage, first in ((net.stage1, 0), (net.stage2, 8), (net.stage3, 24)):
+        for block in stage:
+            expected += block.bn2.weight.detach().abs()[first : first + 16]
+    assert torch.equal(found["conv"], expected)  # added up in this order, in every process alike
 
 
 def test_bn_scale_refuses_what_no_norm_scales() -> None:
