@@ -7,7 +7,7 @@ across groups says so.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -90,6 +90,16 @@ def random(seed: int = 0) -> Criterion:
         return {group.name: torch.rand(group.size, generator=generator) for group in space.groups}
 
     return score
+
+
+def alike(space: Space, whole: Collection[str] = ()) -> dict[str, Tensor]:
+    """Score all units alike, and those of groups that are to stay whole +inf: all others lose the same share.
+
+    Args:
+        space: of the units.
+        whole: names of groups.
+    """
+    return {group.name: torch.full((group.size,), torch.inf if group.name in whole else 0.0) for group in space.groups}
 
 
 def proportional(proportions: Mapping[str, float], order: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from prunelab import scores as criteria
 from prunelab._checks import FLAG, POSITIVE, check_fields, check_shares, integer, one_of
 from prunelab.layerwise import LayerByLayer, readers_of, streams
 from prunelab.methods.base import Pruned
@@ -99,8 +100,7 @@ class ChannelPruning:
         """Return how many channels each group keeps: what shortcuts read all, the others as `ratios` says."""
         whole = {*streams(space), *(group.name for group in space.groups if not readers_of(space, group.name))}
         if self.ratios is None:
-            scores = {g.name: torch.full((g.size,), torch.inf if g.name in whole else 0.0) for g in space.groups}
-            return space.plan_for(scores, budget).widths
+            return space.plan_for(criteria.alike(space, whole), budget).widths
         names = {group.name for group in space.groups} - whole
         if wrong := [name for name in self.ratios if name not in names]:
             legal = ", ".join(group.name for group in space.groups if group.name in names)

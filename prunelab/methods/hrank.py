@@ -92,10 +92,8 @@ class HRank:
     def _widths(self, space: ChannelSpace, budget: Budget) -> dict[str, int]:
         """Return how many filters of each group stay."""
         if self.rates is None:
-            alike = {
-                g.name: torch.full((g.size,), 0.0 if _convolves(space, g.name) else torch.inf) for g in space.groups
-            }
-            return dict(space.plan_for(alike, budget).widths)
+            hidden = [group.name for group in space.groups if not _convolves(space, group.name)]
+            return dict(space.plan_for(criteria.alike(space, hidden), budget).widths)
         sizes = {group.name: group.size for group in space.groups}
         space.widths(dict.fromkeys(self.rates, 1))  # refuses unknown groups
         widths = sizes | {group: sizes[group] - removed(sizes[group], rate) for group, rate in self.rates.items()}

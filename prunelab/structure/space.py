@@ -267,7 +267,7 @@ class Space(ABC):
             scores: whose best units are meant, as what is kept may matter to latency; by default the first ones.
         """
         if budget.latency is not None:
-            ranked = scores or {group.name: torch.zeros(group.size) for group in self.groups}
+            ranked = scores or criteria.alike(self)
             return lambda widths: self._latency(self._best(ranked, widths))
         closed_form = self.parameter_cost if budget.macs is None else self.cost
         dense = int(closed_form(self.sizes, budget.scope))
