@@ -86,9 +86,7 @@ def _constrained(space: Space) -> list[tuple[nn.Parameter, list[Tensor]]]:
     owners: dict[str, list[Tensor]] = {}
     for axis in rows.coupling.axes:
         if axis.role == "out" and (axis.units >= 0).any():
-            along = [1] * rows.net.get_parameter(axis.name).dim()
-            along[axis.dim] = -1
-            owners[axis.name] = [torch.from_numpy(axis.units).view(along)]
+            owners[axis.name] = [axis.along(rows.net.get_parameter(axis.name).dim())]
     if isinstance(space, RowColumnSpace):
         first = int(rows.sizes.sum())
         for group, (_, (columns,)) in zip(space.columns.groups, space.columns.owned(space.net), strict=True):

@@ -59,9 +59,7 @@ class ChannelSpace(Space):
         owners: dict[str, list[Tensor]] = defaultdict(list)
         for axis in self.coupling.axes:
             if axis.name in parameters and (axis.units >= 0).any():
-                along = [1] * parameters[axis.name].dim()
-                along[axis.dim] = -1
-                owners[axis.name].append(torch.from_numpy(axis.units).view(along))
+                owners[axis.name].append(axis.along(parameters[axis.name].dim()))
         return [(parameters[name], units) for name, units in owners.items()]
 
     def unit_weights(self, group: str) -> Tensor:

@@ -54,6 +54,10 @@ class Axis:
     role: Role
     units: Ids
 
+    def along(self, dims: int) -> Tensor:
+        """Return the units in the shape in which they broadcast to a tensor of so many dimensions."""
+        return torch.from_numpy(self.units).view([-1 if dim == self.dim else 1 for dim in range(dims)])
+
 
 @dataclass(frozen=True)
 class Count:
