@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from prunelab._arrays import Ints
 from prunelab._checks import check_trainable
 from prunelab.masks import Masks
 from prunelab.structure import ChannelSpace, ColumnSpace, Plan, RowColumnSpace, Space
-from prunelab.structure.space import Ints, open_ended
+from prunelab.structure.space import open_ended
 from prunelab.training import State
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prunelab._arrays import Ints
 from prunelab.admm import Projection
 from prunelab.structure import Budget, ChannelSpace, Plan, RowColumnSpace, Space
-from prunelab.structure.space import Ints
 
 Measure = Callable[[Plan], float]
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 from tqdm.auto import tqdm
 
 from prunelab import scores as criteria
+from prunelab._arrays import Ints
 from prunelab._checks import FRACTION, Legal, check_fields, integer, one_of, real
 from prunelab.methods.base import Pruned
 from prunelab.structure import Budget, ChannelSpace, Plan
@@ -25,7 +25,7 @@ from prunelab.structure.space import Scores
 from prunelab.training import Context, evaluate, fit, recalibrate
 
 Inherit = Literal["random", "l1", "none"]
-Code = NDArray[np.int64]
+Code = Ints
 
 RECALIBRATION = 4  # batches
 APART = 100  # between the seeds of two evaluations, so that no training repeats the batches of another

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm.auto import tqdm
 
+from prunelab._arrays import Floats, Ints
 from prunelab._checks import FLAG, FRACTION, POSITIVE, check_fields, integer, one_of, optional, real
 from prunelab.admm import ADMM, Projection
 from prunelab.data import Split
@@ -26,10 +27,7 @@ from prunelab.masks import Masks
 from prunelab.methods.base import Pruned, space_of
 from prunelab.purification import Measure, filled, purify
 from prunelab.structure import Budget, Plan, RowColumnSpace, Space
-from prunelab.structure.space import Ints
 from prunelab.training import Context, Recipe, evaluate
-
-Floats = NDArray[np.float64]
 
 UNITS = "filters", "columns", "filters+columns"
 APART = 100  # between the seeds of two trainings, so that none repeats the batches of another

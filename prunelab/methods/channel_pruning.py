@@ -16,12 +16,12 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from prunelab import scores as criteria
+from prunelab._arrays import Ints
 from prunelab._checks import FLAG, POSITIVE, check_fields, check_shares, integer, one_of
 from prunelab.layerwise import LayerByLayer, readers_of, streams
 from prunelab.methods.base import Pruned
 from prunelab.reconstruction import Reconstruction, lasso
 from prunelab.structure import Budget, ChannelSpace
-from prunelab.structure.space import Ints
 from prunelab.training import Context
 
 Selection = Literal["lasso", "first k", "max response"]

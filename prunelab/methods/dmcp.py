@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from prunelab import scores as criteria
+from prunelab._arrays import Ints
 from prunelab._checks import NOT_NEGATIVE, POSITIVE, check_fields, one_of, real, within
 from prunelab._modules import tensors_in_place
 from prunelab.methods.base import Pruned
 from prunelab.models import reinitialise
 from prunelab.structure import Budget, ChannelSpace, Plan
-from prunelab.structure.space import Ints, open_ended
+from prunelab.structure.space import open_ended
 from prunelab.training import Context, Hook, Recipe, State, mixed_precision
 
 Sampling = Literal["expected", "direct"]

@@ -15,17 +15,15 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from prunelab import scores
+from prunelab._arrays import Floats
 from prunelab._checks import FLAG, FRACTION, POSITIVE, check_fields, integer, one_of, within
 from prunelab.methods.base import Pruned, space_of
 from prunelab.structure import Budget, Space
 from prunelab.structure.space import open_ended
 from prunelab.training import Context, Hook, State
-
-Floats = NDArray[np.float64]
 
 LARGEST_EXPONENT = 50.0  # far beyond the target rank the curve would overflow; p is clamped to 0 there anyway
 

@@ -38,10 +38,10 @@ from itertools import count
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from prunelab import cost
+from prunelab._arrays import Bools, Floats, Ints
 from prunelab._checks import NETWORK, TENSOR, check
 from prunelab._modes import evaluating, modes_kept
 from prunelab._modules import replace_module
@@ -201,12 +201,12 @@ class BlockSpace(Space):
                     found[branch.name] = _at_origin(branch.tail(run, bias))[0].detach().clone()
         return found
 
-    def _priority(self, scores: Scores, ranking: Ranking) -> NDArray[np.float64]:
+    def _priority(self, scores: Scores, ranking: Ranking) -> Floats:
         """Rank all branches against each other, whatever the ranking: none is in a group with another."""
         return np.array([scores[group.name].item() for group in self.groups])
 
 
-def _sum_over(amounts: NDArray[np.int64], gates: NDArray[np.int64], conv: NDArray[np.bool_]) -> Cost:
+def _sum_over(amounts: Ints, gates: Ints, conv: Bools) -> Cost:
     """Return Σ amount · gate over rows; a row that no gate opens, [rows, branches], counts always."""
     zeros, ones = np.zeros_like(gates), np.ones(len(amounts), dtype=np.int64)
     return Cost(amounts, gates, 1 - gates.sum(axis=1), zeros, ones, conv)

@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from prunelab.structure.graph import Axis, Coupling, Ids, couple
+from prunelab._arrays import Bools, Ints
+from prunelab.structure.graph import Axis, Coupling, couple
 from prunelab.structure.plan import Plan
-from prunelab.structure.space import Cost, Group, Ints, Space
+from prunelab.structure.space import Cost, Group, Space
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class ChannelSpace(Space):
 
         The tensors are cut while the network is copied, so no second full set of weights is made.
         """
-        own = {axis.name: self._tensor(axis) for axis in self.coupling.axes}
+        own = {axis.name: self.tensor(axis) for axis in self.coupling.axes}
         cut = self.cut(plan, {name: tensor.detach() for name, tensor in own.items()})
         memo: dict[int, Tensor] = {}
         for name, tensor in own.items():
@@ -169,11 +169,12 @@ class ChannelSpace(Space):
                 positions[axis.name][axis.dim] = np.flatnonzero(stays)
         return {n: _select(t, positions[n]) if n in positions else t for n, t in tensors.items()}
 
-    def _kept(self, plan: Plan) -> NDArray[np.bool_]:
+    def _kept(self, plan: Plan) -> Bools:
         """Return, by unit number, whether a unit stays; -1, which finds the last entry, does."""
         return np.append(self.gates(plan).numpy() > 0, True)
 
-    def _tensor(self, axis: Axis) -> Tensor:
+    def tensor(self, axis: Axis) -> Tensor:
+        """Return the tensor that an axis is one dimension of."""
         tensor: Tensor = getattr(self.net.get_submodule(axis.module), axis.tensor)
         return tensor
 
@@ -223,7 +224,7 @@ def _cost(coupling: Coupling) -> Cost:
     groups = len(coupling.sizes)
     group_of = np.append(np.repeat(np.arange(groups), coupling.sizes), groups)  # unit -1 belongs to the fixed column
 
-    def channels_per_unit(units: Ids | None) -> Ints:
+    def channels_per_unit(units: Ints | None) -> Ints:
         if units is None:  # a grouped convolution: its MACs count per written channel
             return np.eye(1, groups + 1, groups, dtype=np.int64)[0]
         totals = np.bincount(group_of[units], minlength=groups + 1)

@@ -24,17 +24,16 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx, nn
 
+from prunelab._arrays import Ints
 from prunelab._checks import NETWORK, TENSOR, check
 from prunelab._modes import modes_kept
 from prunelab.layers import AddConstant, ChannelSelection, ZeroPadChannels
 from prunelab.structure.tracing import UntraceableError, operation, trace
 
-Ids = NDArray[np.int64]
 Role = Literal["out", "in", "channel"]
 
 
@@ -52,7 +51,7 @@ class Axis:
     name: str
     dim: int
     role: Role
-    units: Ids
+    units: Ints
 
     def along(self, dims: int) -> Tensor:
         """Return the units in the shape in which they broadcast to a tensor of so many dimensions."""
@@ -65,7 +64,7 @@ class Count:
 
     module: str
     attribute: str
-    units: Ids
+    units: Ints
     per: int = 1
 
 
@@ -80,8 +79,8 @@ class Product:
     module: str
     kind: Literal["conv", "linear"]
     macs: int
-    reads: Ids | None
-    writes: Ids
+    reads: Ints | None
+    writes: Ints
 
 
 @dataclass(frozen=True)
@@ -90,15 +89,15 @@ class Tie:
 
     why: str
     where: str
-    first: Ids
-    second: Ids
+    first: Ints
+    second: Ints
 
 
 @dataclass(frozen=True)
 class Channels:
     """What is known of a traced tensor: the id of every position along its channel dimension `dim`."""
 
-    ids: Ids
+    ids: Ints
     dim: int
 
     def spread(self, shape: torch.Size) -> Tensor:
@@ -113,7 +112,7 @@ class Coupling:
     """Everything a space needs to know of a network: its groups, and where their units sit."""
 
     names: tuple[str, ...]  # one per group
-    sizes: Ids  # units per group
+    sizes: Ints  # units per group
     axes: list[Axis]
     counts: list[Count]
     products: list[Product]
@@ -162,7 +161,7 @@ class _Found:
     """The ids and ties gathered while the graph runs."""
 
     ids: int = 0
-    pinned: list[Ids] = field(default_factory=list)
+    pinned: list[Ints] = field(default_factory=list)
     ties: list[Tie] = field(default_factory=list)
     axes: dict[tuple[int, int], Axis] = field(default_factory=dict)  # by the identity of the tensor, and dimension
     counts: dict[tuple[str, str], Count] = field(default_factory=dict)
@@ -199,20 +198,20 @@ class Labeller(fx.Interpreter):
 
     # -- what the handlers below use -------------------------------------------------------------------------------
 
-    def fresh(self, count: int) -> Ids:
+    def fresh(self, count: int) -> Ints:
         """Return `count` ids that nothing has yet."""
         self.found.ids += count
         return np.arange(self.found.ids - count, self.found.ids)
 
-    def tie(self, why: str, first: Ids, second: Ids) -> None:
+    def tie(self, why: str, first: Ints, second: Ints) -> None:
         """Let first[i] and second[i] share their fate."""
         self.found.ties.append(Tie(why, self.where()[0], first, second))
 
-    def pin(self, ids: Ids) -> None:
+    def pin(self, ids: Ints) -> None:
         """Never remove these."""
         self.found.pinned.append(ids)
 
-    def axis(self, module: str, tensor: str, dim: int, role: Role, ids: Ids) -> None:
+    def axis(self, module: str, tensor: str, dim: int, role: Role, ids: Ints) -> None:
         """Say whose channels lie along a tensor's dimension; a second use of the same tensor ties the two."""
         values: Tensor = getattr(self.submodules[module], tensor)
         if id(values) not in self.meta:
@@ -226,12 +225,12 @@ class Labeller(fx.Interpreter):
         if known.units is not ids and not np.array_equal(known.units, ids):
             self.tie("shared weights", known.units, ids)
 
-    def written(self, module: nn.Module, tensor: str, count: int) -> Ids:
+    def written(self, module: nn.Module, tensor: str, count: int) -> Ints:
         """Return the ids of the channels that a layer writes: new ones the first time it is called."""
         known = self.found.axes.get((id(getattr(module, tensor)), 0))
         return known.units if known else self.fresh(count)
 
-    def count(self, module: str, attribute: str, ids: Ids, per: int = 1) -> Ids:
+    def count(self, module: str, attribute: str, ids: Ints, per: int = 1) -> Ints:
         """Say that a module's attribute counts these channels; return those of its first call."""
         return self.found.counts.setdefault((module, attribute), Count(module, attribute, ids, per)).units
 
@@ -382,9 +381,9 @@ class Labeller(fx.Interpreter):
             written[layer] += 1
             names.append(f"{layer}#{written[layer]}" if written[layer] > 1 else layer)
 
-        arrays: dict[int, Ids] = {}  # one for all that share their ids
+        arrays: dict[int, Ints] = {}  # one for all that share their ids
 
-        def numbered(ids: Ids) -> Ids:
+        def numbered(ids: Ints) -> Ints:
             if id(ids) not in arrays:
                 arrays[id(ids)] = unit_number[ids]
             return arrays[id(ids)]

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
+from prunelab._arrays import Ints
 from prunelab._modes import evaluating
 from prunelab.layers import ZeroPadChannels
 from prunelab.structure.tracing import operation, trace
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from prunelab.structure.space import Space
 
 Measure = Callable[[Tensor], Tensor]
-Units = NDArray[np.int64]
 
 _ACTIVATIONS = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh,
@@ -105,7 +104,7 @@ class _Watch(fx.Interpreter):
 
     def look_at(self, images: Tensor) -> int:
         """Run the network on images, measure all maps, and return how many images there were."""
-        self.units: dict[fx.Node, Units | None] = {}
+        self.units: dict[fx.Node, Ints | None] = {}
         self.run(images)
         return len(images)
 
@@ -118,7 +117,7 @@ class _Watch(fx.Interpreter):
             self._add(np.where(np.isin(units, layers), units, -1), value)
         return value
 
-    def _units_of(self, n: fx.Node, value: Tensor) -> Units | None:
+    def _units_of(self, n: fx.Node, value: Tensor) -> Ints | None:
         """Return the unit number of each channel, -1 for none; None where channels are not what they were."""
         if operation(n) in _TURNED or (isinstance(self._module(n), nn.Linear) and value.dim() > 2):
             return None  # the channels are not in dimension 1
@@ -138,7 +137,7 @@ class _Watch(fx.Interpreter):
                 units = np.max([found for found in known if len(found) == max(map(len, known))], axis=0)
         return units if len(units) == value.shape[1] else None
 
-    def _add(self, units: Units, maps: Tensor) -> None:
+    def _add(self, units: Ints, maps: Tensor) -> None:
         chosen = np.flatnonzero(units >= 0)
         if len(chosen):
             maps = maps[:, torch.from_numpy(chosen).to(maps.device)]

@@ -8,16 +8,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from prunelab._arrays import Bools, Floats, Ints
 from prunelab.structure.channels import ChannelSpace
 from prunelab.structure.columns import ColumnSpace
 from prunelab.structure.plan import Plan
-from prunelab.structure.space import Budget, Cost, Group, Ints, Ranking, Scores, Space
-
-Bools = NDArray[np.bool_]
-Floats = NDArray[np.float64]
+from prunelab.structure.space import Budget, Cost, Group, Ranking, Scores, Space
 
 
 class RowColumnSpace(Space):
@@ -48,7 +45,7 @@ class RowColumnSpace(Space):
 
         convolutions = self.columns.convolutions
         kernels = np.array([conv.weight[0, 0].numel() for conv in convolutions.values()])
-        reads = {id(self.rows._tensor(a)): a.units for a in self.rows.coupling.axes if a.role == "in"}
+        reads = {id(self.rows.tensor(a)): a.units for a in self.rows.coupling.axes if a.role == "in"}
         self._channels = {  # the unit whose channel each column reads, -1 where it always stays
             name: np.repeat(reads[id(conv.weight)], kernel)
             for (name, conv), kernel in zip(convolutions.items(), kernels, strict=True)
@@ -81,6 +78,15 @@ class RowColumnSpace(Space):
         """Return, by unit, whether it is a filter or a column whose channel stays: a plan has no choice of others."""
         stays = np.concatenate(list(self._channels_stay(self._row_plan(plan)).values()))
         return torch.cat([torch.ones(self._first, dtype=torch.bool), torch.from_numpy(stays)])
+
+    def best(self, scores: Scores, widths: Ints) -> Plan:
+        """Keep the best filters, then the best columns among those whose channel stays."""
+        stays = self._channels_stay(self.rows.best(scores, widths[: len(self.rows.groups)]))
+        readable = dict(scores)
+        for convolution, group in self.column_groups.items():
+            gone = torch.from_numpy(~stays[convolution]).to(scores[group].device)
+            readable[group] = scores[group].masked_fill(gone, -torch.inf)
+        return super().best(readable, widths)
 
     def plan(self, keep: Mapping[str, Sequence[int]]) -> Plan:
         """Return the plan that keeps the given indices, but for columns of removed channels.
@@ -140,21 +146,12 @@ class RowColumnSpace(Space):
             for convolution, stays in self._channels_stay(self._row_plan(plan)).items()
         }
 
-    def _best(self, scores: Scores, widths: Ints) -> Plan:
-        """Keep the best filters, then the best columns among those whose channel stays."""
-        stays = self._channels_stay(self.rows._best(scores, widths[: len(self.rows.groups)]))
-        readable = dict(scores)
-        for convolution, group in self.column_groups.items():
-            gone = torch.from_numpy(~stays[convolution]).to(scores[group].device)
-            readable[group] = scores[group].masked_fill(gone, -torch.inf)
-        return super()._best(readable, widths)
-
     def _widths_within(self, budget: Budget, scores: Scores, ranking: Ranking) -> Ints:
         """Find the filters that go, in one order with the columns; then let the best columns stay, as many as fit."""
         widths = super()._widths_within(budget, scores, ranking)
         if budget.latency is not None:  # no measurement can tell a few columns from none
             return widths
-        stays = self._channels_stay(self.rows._best(scores, widths[: len(self.rows.groups)]))
+        stays = self._channels_stay(self.rows.best(scores, widths[: len(self.rows.groups)]))
         readable = np.concatenate(list(stays.values()))
         priority = super()._priority(scores, ranking)[self._first :]
         self._let_best_stay(priority, readable)

@@ -17,12 +17,12 @@ from typing import Any, Literal, get_args
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prunelab import cost
 from prunelab import scores as criteria
+from prunelab._arrays import Bools, Floats, Ints
 from prunelab._checks import FRACTION, Legal, check, instance, one_of
 from prunelab.structure.plan import Plan, indices
 
@@ -30,7 +30,6 @@ Scope = cost.Scope
 Ranking = Literal["layer", "global"]
 Scores = Mapping[str, Tensor]
 Share = int | float | Fraction
-Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ class Cost:
     reads_fixed: Ints  # [layers]
     writes: Ints  # [layers, groups]
     writes_fixed: Ints  # [layers]
-    conv: NDArray[np.bool_]  # [layers]
+    conv: Bools  # [layers]
 
     def __call__(self, widths: Ints, scope: Scope = "all") -> Ints:
         """Return the cost of one plan, widths [groups], or of many at once, widths [plans, groups]."""
@@ -234,7 +233,15 @@ class Space(ABC):
             widths = self._widths_within(target, scores, ranking)
         else:
             widths = self._widths_from(target)
-        return self._best(scores, widths)
+        return self.best(scores, widths)
+
+    def best(self, scores: Scores, widths: Ints) -> Plan:
+        """Keep as many units of each group as `widths`, int64 [groups], says: those with the highest scores."""
+        keep = {}
+        for group, width in zip(self.groups, widths.tolist(), strict=True):
+            best = torch.argsort(scores[group.name], descending=True, stable=True)[:width]
+            keep[group.name] = tuple(sorted(best.tolist()))
+        return self.plan(keep)
 
     def plan(self, keep: Mapping[str, Sequence[int]]) -> Plan:
         """Return the plan that keeps the given indices; groups not named stay whole."""
@@ -268,7 +275,7 @@ class Space(ABC):
         """
         if budget.latency is not None:
             ranked = scores or criteria.alike(self)
-            return lambda widths: self._latency(self._best(ranked, widths))
+            return lambda widths: self._latency(self.best(ranked, widths))
         closed_form = self.parameter_cost if budget.macs is None else self.cost
         dense = int(closed_form(self.sizes, budget.scope))
         return lambda widths: float(closed_form(widths, budget.scope) / dense)
@@ -480,21 +487,13 @@ class Space(ABC):
                     found[group] -= 1
         return found
 
-    def _best(self, scores: Scores, widths: Ints) -> Plan:
-        """Keep as many units of each group as `widths` says, those with the highest scores."""
-        keep = {}
-        for group, width in zip(self.groups, widths.tolist(), strict=True):
-            best = torch.argsort(scores[group.name], descending=True, stable=True)[:width]
-            keep[group.name] = tuple(sorted(best.tolist()))
-        return self.plan(keep)
-
     def _latency(self, plan: Plan) -> float:
         """Time the shrunk network beside the dense one."""
         example = self.example.to(next(self.net.parameters()))
         times = cost.latencies({"dense": self.net, "cut": self.shrink(plan)}, example)
         return times["cut"].median / times["dense"].median
 
-    def _priority(self, scores: Scores, ranking: Ranking) -> NDArray[np.float64]:
+    def _priority(self, scores: Scores, ranking: Ranking) -> Floats:
         parts = []
         for group in self.groups:
             score = scores[group.name].detach().double().cpu().numpy()
