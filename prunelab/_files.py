@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import platformdirs
+from safetensors import safe_open
+
+if TYPE_CHECKING:  # the command line starts without PyTorch
+    from torch import Tensor
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
@@ -28,6 +34,17 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
         if isinstance(error, OSError) and error.errno is not None:
             error.filename = str(path)  # a full disk names no file
         raise
+
+
+def read_tensors(path: str | os.PathLike[str], key: str) -> tuple[Any, dict[str, Tensor]]:
+    """Read a safetensors file: what its metadata hold as JSON under a key, and its tensors on the CPU.
+
+    Raises:
+        SafetensorError, KeyError, ValueError: the file is damaged, or another's.
+    """
+    with safe_open(path, framework="pt") as file:
+        header = json.loads((file.metadata() or {})[key])
+        return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
 
 
 @contextmanager

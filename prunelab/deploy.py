@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save as to_bytes
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from prunelab import cost, models
 from prunelab._checks import NETWORK, Legal, check, instance, integer, one_of
-from prunelab._files import write_atomically
+from prunelab._files import read_tensors, write_atomically
 from prunelab._modules import replace_module
 from prunelab.layers import ColumnConv2d
 from prunelab.structure import Plan, Space
@@ -129,9 +129,7 @@ def load(path: str | os.PathLike[str], net: nn.Module | None = None) -> nn.Modul
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:
-        with safe_open(path, framework="pt") as file:
-            recipe = json.loads((file.metadata() or {})[_KEY])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        recipe, tensors = read_tensors(path, _KEY)
         plans = [
             Plan(plan["space"], plan["sizes"], {group: tuple(kept) for group, kept in plan["keep"].items()})
             for plan in recipe["plans"]

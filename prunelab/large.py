@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import typer
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -39,7 +39,7 @@ from tqdm.auto import tqdm
 
 from prunelab import deploy, models
 from prunelab._checks import check, integer
-from prunelab._files import write_atomically
+from prunelab._files import read_tensors, write_atomically
 from prunelab._modes import evaluating
 from prunelab.imagenet import NOISE, RECIPES, derived_seed, open_split, training_batches, validation_batches
 from prunelab.training import GPU_CHECK_STEPS, Recipe, deterministic, learning_rate, mixed_precision
@@ -306,9 +306,7 @@ def _restore(path: Path, tensors: dict[str, Tensor], run: dict[str, Any]) -> lis
     if not path.exists():
         return []
     try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})["prunelab"])
-            saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        header, saved = read_tensors(path, "prunelab")
         of_run, curve = dict(header["run"]), [Epoch(**epoch) for epoch in header["curve"]]
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise ValueError(
