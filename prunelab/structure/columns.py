@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from prunelab.layers import ColumnConv2d
-from prunelab.structure.graph import couple
+from prunelab.structure.graph import Product, couple
 from prunelab.structure.plan import Plan
 from prunelab.structure.space import Cost, Group, Space
 from prunelab.structure.tracing import UntraceableError
@@ -42,6 +42,12 @@ class ColumnSpace(Space):
             for p in products
             if isinstance(conv := net.get_submodule(p.module), nn.Conv2d) and conv.groups == 1 and p.kind == "conv"
         }
+        self._check_kernels(net)
+        groups = [Group(name, conv.weight[0].numel()) for name, conv in self.convolutions.items()]
+        super().__init__(net, groups, _cost(products, self.convolutions))
+
+    def _check_kernels(self, net: nn.Module) -> None:
+        """Refuse convolutions that `ColumnConv2d` cannot stand in for, and those that share their kernel."""
         holders: dict[int, list[str]] = defaultdict(list)
         for name, module in net.named_modules():
             for parameter in module.parameters(recurse=False):
@@ -53,28 +59,6 @@ class ColumnSpace(Space):
                 raise UntraceableError(
                     f"columns of {name!r} cannot be cut: its padding must be zeros, in numbers; got {conv}"
                 )
-        groups = [Group(name, conv.weight[0].numel()) for name, conv in self.convolutions.items()]
-        index = {group.name: i for i, group in enumerate(groups)}
-        reads = np.zeros((len(products), len(groups)), dtype=np.int64)
-        fixed, per_pair = np.zeros(len(products), dtype=np.int64), np.zeros(len(products), dtype=np.int64)
-        for row, product in enumerate(products):
-            module = net.get_submodule(product.module)
-            if product.module in index:
-                assert isinstance(module, nn.Conv2d)
-                reads[row, index[product.module]] = 1
-                per_pair[row] = product.macs // (module.kernel_size[0] * module.kernel_size[1])  # output positions
-            else:
-                fixed[row] = 1 if product.reads is None else len(product.reads)
-                per_pair[row] = product.macs
-        cost = Cost(
-            per_pair=per_pair,
-            reads=reads,
-            reads_fixed=fixed,
-            writes=np.zeros_like(reads),
-            writes_fixed=np.array([len(p.writes) for p in products], dtype=np.int64),
-            conv=np.array([p.kind == "conv" for p in products]),
-        )
-        super().__init__(net, groups, cost)
 
     def owned(self, net: nn.Module) -> list[tuple[nn.Parameter, list[Tensor]]]:
         """List the kernels, [out, C, kh, kw], with the unit of each column, [1, C, kh, kw]."""
@@ -102,3 +86,26 @@ class ColumnSpace(Space):
         self.check(plan)
         kept = {f"{name}.weight": plan.keep[name] for name in plan.keep if len(plan.keep[name]) < plan.sizes[name]}
         return {name: t.flatten(1)[:, list(kept[name])] if name in kept else t for name, t in tensors.items()}
+
+
+def _cost(products: Sequence[Product], convolutions: Mapping[str, nn.Conv2d]) -> Cost:
+    """Let convolutions read their columns, and the other layers as many channels as ever."""
+    index = {name: i for i, name in enumerate(convolutions)}
+    reads = np.zeros((len(products), len(index)), dtype=np.int64)
+    fixed, per_pair = np.zeros(len(products), dtype=np.int64), np.zeros(len(products), dtype=np.int64)
+    for row, product in enumerate(products):
+        if product.module in index:
+            reads[row, index[product.module]] = 1
+            kernel = convolutions[product.module].kernel_size
+            per_pair[row] = product.macs // (kernel[0] * kernel[1])  # output positions
+        else:
+            fixed[row] = 1 if product.reads is None else len(product.reads)
+            per_pair[row] = product.macs
+    return Cost(
+        per_pair=per_pair,
+        reads=reads,
+        reads_fixed=fixed,
+        writes=np.zeros_like(reads),
+        writes_fixed=np.array([len(p.writes) for p in products], dtype=np.int64),
+        conv=np.array([p.kind == "conv" for p in products]),
+    )
