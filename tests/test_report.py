@@ -193,9 +193,9 @@ def test_the_table_reads_the_store_and_computes_nothing(tmp_path: Path) -> None:
     assert regained["measured here"] == "-0.5 points; above −1 in 1 of 1, below in 0"
     assert regained["paper's number"].startswith("6.6 % (VGG-16-A")
     assert smallest["paper's number"] == ""
-    assert smallest.seeds == 3
+    assert smallest.seeds == 5
     assert smallest.setting == "convnet-bn on cifar10 (JPEG), brief"
-    assert smallest.minutes == 6.0  # 2 arms x 3 budgets x 3 seeds x 20 s
+    assert smallest.minutes == 10.0  # 2 arms x 3 budgets x 5 seeds x 20 s
     assert set(table.verdict[table.notebook == "01_spp"]) == {"not tested here"}
 
 
