@@ -130,10 +130,7 @@ def load(path: str | os.PathLike[str], net: nn.Module | None = None) -> nn.Modul
         raise FileNotFoundError(f"there is no file {path}")
     try:
         recipe, tensors = read_tensors(path, _KEY)
-        plans = [
-            Plan(plan["space"], plan["sizes"], {group: tuple(kept) for group, kept in plan["keep"].items()})
-            for plan in recipe["plans"]
-        ]
+        plans = [Plan(plan["space"], plan["sizes"], plan["keep"]) for plan in recipe["plans"]]
         model, arguments, shape = recipe["model"], recipe["arguments"], tuple(recipe["shape"])
         channels_last = set(recipe["channels_last"])
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
