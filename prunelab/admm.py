@@ -61,11 +61,7 @@ class Projection:
     def best(self, scores: Tensor, widths: Ints) -> Plan:
         """Keep the units of `present` with the highest scores, [units]."""
         scores = scores.cpu().masked_fill(self.space.gates(self.present) == 0, -torch.inf)
-        return self.within(self.space.plan_for(self.space.by_group(scores), widths.tolist()))
-
-    def within(self, plan: Plan) -> Plan:
-        """Return the units that a plan and `present` both keep."""
-        return self.space.plan({name: sorted({*kept} & {*self.present.keep[name]}) for name, kept in plan.keep.items()})
+        return self.space.both(self.space.plan_for(self.space.by_group(scores), widths.tolist()), self.present)
 
     def masked(self, values: Sequence[Tensor], plan: Plan) -> list[Tensor]:
         """Return the values with the units that a plan removes at zero."""

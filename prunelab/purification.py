@@ -55,15 +55,9 @@ def without_dead(space: Space, present: Plan) -> Plan:
         dead = projection.norms(projection.weights) == 0
         if (rows := _rows(space)) is not None:
             dead[: int(rows.sizes.sum())] = (_read(rows) == 0) | (_own(rows) == 0)
-        keep = {name: np.flatnonzero(~gone.numpy()) for name, gone in space.by_group(dead.cpu()).items()}
-        smaller = projection.within(
-            space.plan(
-                {
-                    name: sorted({*kept.tolist()} & {*present.keep[name]}) or present.keep[name][:1]
-                    for name, kept in keep.items()
-                }
-            )
-        )
+        alive = {name: np.flatnonzero(~gone.numpy()).tolist() for name, gone in space.by_group(dead.cpu()).items()}
+        keep = {name: [*{*kept} & {*present.keep[name]}] or present.keep[name][:1] for name, kept in alive.items()}
+        smaller = space.both(space.plan(keep), present)
         if smaller == present:
             return present
         present = smaller

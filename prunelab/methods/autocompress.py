@@ -167,8 +167,8 @@ class AutoCompress:
         """
         fraction = budget.fraction
         space.plan_for(space.scores("l2"), budget)
-        counted = budget if budget.latency is None else Budget(1.0)  # no measurement can tell one unit from none
-        left = np.array([space.spent(counted)(widths) for widths in space.one_less])
+        spent = space.spent(budget if budget.latency is None else Budget(1.0))  # no clock can tell one unit from none
+        left = np.array([spent(widths) for widths in space.one_less])
         most = max(int(fraction < 1), int(math.log(fraction) / math.log(left[left < 1].max())))
         rounds = min(most, max(1, round(-math.log2(fraction)))) if self.rounds is None else self.rounds
         if rounds > most:

@@ -153,7 +153,8 @@ class _Removal(Masks):
         if since == 0:
             scores = ranking(self.space, self.theta.take(), self.plan, self.method.flops_regularisation)
             fraction = self.budget.fraction + (1 - self.budget.fraction) * (self.rounds - done) / self.rounds
-            self.plan &= self.space.plan_for(scores, self.budget.at(fraction), ranking="global")  # no way back
+            found = self.space.plan_for(scores, self.budget.at(fraction), ranking="global")
+            self.plan = self.space.both(self.plan, found)  # there is no way back
             self.widths.append(dict(self.plan.widths))
         super().after_step(state)
 

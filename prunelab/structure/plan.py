@@ -47,11 +47,6 @@ class Plan:
         """Units kept per group."""
         return {name: len(kept) for name, kept in self.keep.items()}
 
-    def __and__(self, other: Plan) -> Plan:
-        """Return the plan of the units that both keep, of the same space."""
-        both = {name: tuple(sorted({*kept} & {*other.keep[name]})) for name, kept in self.keep.items()}
-        return Plan(self.space, self.sizes, both)
-
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, whole or not at all."""
         content = {"space": self.space, "sizes": dict(self.sizes), "keep": {k: list(v) for k, v in self.keep.items()}}

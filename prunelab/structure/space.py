@@ -254,6 +254,10 @@ class Space(ABC):
             whole | {name: tuple(sorted(indices(name, kept))) for name, kept in keep.items()},
         )
 
+    def both(self, first: Plan, second: Plan) -> Plan:
+        """Return the plan of the units that two plans both keep."""
+        return self.plan({name: [*{*kept} & {*second.keep[name]}] for name, kept in first.keep.items()})
+
     def macs(self, plan: Plan | Mapping[str, int] | None = None, scope: Scope = "all") -> int:
         """Return the MACs of the cut network in closed form; of the dense one without a plan."""
         check("scope", scope, one_of(get_args(Scope)))
