@@ -18,7 +18,7 @@ import copy
 import math
 import operator
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx, nn
 
-from prunelab._arrays import Ints
+from prunelab._arrays import Bools, Ints
 from prunelab._checks import NETWORK, TENSOR, check
 from prunelab._modes import modes_kept
 from prunelab.layers import AddConstant, ChannelSelection, ZeroPadChannels
@@ -145,7 +145,7 @@ def couple(net: nn.Module, example: Tensor) -> Coupling:
         labeller.evaluate(evaluation)
         if not _reads_all(root, evaluation):
             labeller.follow_training(trace(root.train()))
-    return labeller.coupling()
+    return _grouped(labeller.found)
 
 
 def _reads_all(net: nn.Module, graph: fx.Graph) -> bool:
@@ -339,67 +339,93 @@ class Labeller(fx.Interpreter):
             if channels is not None:
                 self.pin(channels.ids)
 
-    # -- the result -------------------------------------------------------------------------------------------------
 
-    def coupling(self) -> Coupling:
-        """Merge tied ids to units, drop the pinned ones, and gather units with the same places into groups."""
-        found, none = self.found, [np.empty(0, np.int64)]
-        first = np.concatenate([tie.first for tie in found.ties] or none)
-        second = np.concatenate([tie.second for tie in found.ties] or none)
-        links = coo_matrix((np.ones(len(first), bool), (first, second)), shape=(found.ids, found.ids))
-        count, unit_of = connected_components(links, directed=False)
+# -- from ids to groups ------------------------------------------------------------------------------------------------
 
-        distinct: dict[tuple[int, bool], Axis] = {}  # a layer's bias and batch norm say nothing that its filters do not
-        for axis in found.axes.values():
-            distinct.setdefault((id(axis.units), axis.role == "out"), axis)
-        axes = list(distinct.values())
-        alike = np.zeros(count, np.int64)  # a number that units share when they are in the same axes, equally often
-        writer = np.full(count, -1)  # the first axis that writes a unit
-        for index, axis in reversed(list(enumerate(axes))):
-            units, times = np.unique(unit_of[axis.units], return_counts=True)
-            _, number = np.unique(alike[units] * (times.max() + 1) + times, return_inverse=True)
-            alike[units] = alike.max() + 1 + number
-            if axis.role == "out":
-                writer[units] = index
-        free = writer >= 0
-        free[unit_of[np.concatenate(found.pinned)]] = False
 
-        # A stable numbering: units in the order of their first id, groups in the order of their first unit.
-        _, leaders = np.unique(unit_of, return_index=True)
-        order = np.argsort(leaders)
-        order = order[free[order]]
-        _, first, kind = np.unique(alike[order], return_index=True, return_inverse=True)
-        group = np.argsort(np.argsort(first))[kind]
-        number = np.full(count, -1)
-        number[order[np.argsort(group, kind="stable")]] = np.arange(len(order))
-        unit_number = number[unit_of]
+def _grouped(found: _Found) -> Coupling:
+    """Merge tied ids to units, drop the pinned ones, and gather units with the same places into groups."""
+    unit_of = _merged(found)
+    axes = _distinct(found.axes.values())
+    kind, writer = _places(axes, unit_of)
+    free = writer >= 0
+    free[unit_of[np.concatenate(found.pinned)]] = False
+    order, group = _ordered(unit_of, free, kind)
+    leaders = order[np.unique(group, return_index=True)[1]]
 
-        names: list[str] = []
-        written: Counter[str] = Counter()
-        for unit in order[np.sort(first)]:
-            layer = axes[writer[unit]].module
-            written[layer] += 1
-            names.append(f"{layer}#{written[layer]}" if written[layer] > 1 else layer)
+    number = np.full(len(free), -1)
+    number[order[np.argsort(group, kind="stable")]] = np.arange(len(order))
+    unit_number = number[unit_of]
+    arrays: dict[int, Ints] = {}  # one for all that share their ids
 
-        arrays: dict[int, Ints] = {}  # one for all that share their ids
+    def numbered(ids: Ints) -> Ints:
+        if id(ids) not in arrays:
+            arrays[id(ids)] = unit_number[ids]
+        return arrays[id(ids)]
 
-        def numbered(ids: Ints) -> Ints:
-            if id(ids) not in arrays:
-                arrays[id(ids)] = unit_number[ids]
-            return arrays[id(ids)]
+    return Coupling(
+        names=tuple(_told_apart(axes[writer[leader]].module for leader in leaders)),
+        sizes=np.bincount(group),
+        axes=[replace(a, units=numbered(a.units)) for a in found.axes.values()],
+        counts=[replace(c, units=numbered(c.units)) for c in found.counts.values()],
+        products=[
+            replace(p, reads=None if p.reads is None else numbered(p.reads), writes=numbered(p.writes))
+            for p in found.products
+        ],
+        ties=[replace(t, first=numbered(t.first), second=numbered(t.second)) for t in found.ties],
+        norms=found.norms,
+    )
 
-        return Coupling(
-            names=tuple(names),
-            sizes=np.bincount(group),
-            axes=[replace(a, units=numbered(a.units)) for a in found.axes.values()],
-            counts=[replace(c, units=numbered(c.units)) for c in found.counts.values()],
-            products=[
-                replace(p, reads=None if p.reads is None else numbered(p.reads), writes=numbered(p.writes))
-                for p in found.products
-            ],
-            ties=[replace(t, first=numbered(t.first), second=numbered(t.second)) for t in found.ties],
-            norms=found.norms,
-        )
+
+def _merged(found: _Found) -> Ints:
+    """Return the unit of every id: ids that are tied to each other, if only through others, are one."""
+    none = [np.empty(0, np.int64)]
+    first = np.concatenate([tie.first for tie in found.ties] or none)
+    second = np.concatenate([tie.second for tie in found.ties] or none)
+    links = coo_matrix((np.ones(len(first), bool), (first, second)), shape=(found.ids, found.ids))
+    unit_of: Ints = connected_components(links, directed=False)[1]
+    return unit_of
+
+
+def _distinct(axes: Iterable[Axis]) -> list[Axis]:
+    """Leave out axes that say nothing new of where units are: a layer's bias and batch norm, beside its filters."""
+    distinct: dict[tuple[int, bool], Axis] = {}
+    for axis in axes:
+        distinct.setdefault((id(axis.units), axis.role == "out"), axis)
+    return list(distinct.values())
+
+
+def _places(axes: Sequence[Axis], unit_of: Ints) -> tuple[Ints, Ints]:
+    """Return a number that units share when they are in the same axes, equally often, and the first that writes them.
+
+    Both have an entry per unit; -1 stands for a unit that no axis writes.
+    """
+    count = unit_of.max() + 1
+    kind, writer = np.zeros(count, np.int64), np.full(count, -1)
+    for index, axis in reversed(list(enumerate(axes))):
+        units, times = np.unique(unit_of[axis.units], return_counts=True)
+        _, number = np.unique(kind[units] * (times.max() + 1) + times, return_inverse=True)
+        kind[units] = kind.max() + 1 + number
+        if axis.role == "out":
+            writer[units] = index
+    return kind, writer
+
+
+def _ordered(unit_of: Ints, free: Bools, kind: Ints) -> tuple[Ints, Ints]:
+    """Return the free units in the order of their first ids, and the group of each, in the order of its first unit."""
+    _, first_id = np.unique(unit_of, return_index=True)
+    order = np.argsort(first_id)
+    order = order[free[order]]
+    _, first, group = np.unique(kind[order], return_index=True, return_inverse=True)
+    return order, np.argsort(np.argsort(first))[group]
+
+
+def _told_apart(layers: Iterable[str]) -> Iterator[str]:
+    """Name each group after its layer; further groups of the same layer are numbered from 2."""
+    written: Counter[str] = Counter()
+    for layer in layers:
+        written[layer] += 1
+        yield f"{layer}#{written[layer]}" if written[layer] > 1 else layer
 
 
 # -- modules: each handler returns the channels of the module's output -------------------------------------------------
