@@ -273,9 +273,29 @@ class _Search:
     def _branch(self, add: fx.Node, members: set[fx.Node], shortcut: int, block: str, place: int) -> Branch | None:
         """Return the branch of these nodes, or None if it cannot be removed exactly."""
         nodes = [node for node in self.graph.nodes if node in members]
-        tensors = {name for node in nodes for name in self._tensors(node)}
-        stays, summed = add.all_input_nodes[shortcut], self.run.channels[add]
-        exact = (
+        stays = add.all_input_nodes[shortcut]
+        tail = self._tail(nodes) if self._stands_alone(nodes, add, stays, block) else None
+        if tail is None:
+            return None
+        # A stream that is written over has to be a copy, which the sum with a constant is.
+        overwritten = any(in_place(self.net, reader) for reader in add.users)
+        return Branch(
+            name=(f"{block}#{place + 1}" if place else block) if block else add.name,
+            layers=tuple(dict.fromkeys(str(node.target) for node in nodes if self._is_layer(node))),
+            last=str(tail.layer.target),
+            tensors=frozenset(name for node in nodes for name in self._tensors(node)),
+            block=block,
+            addition=place,
+            shortcut=shortcut,
+            bias=str(stays.target) if self._takes_bias(stays) else None,
+            constant=overwritten or self._may_add(tail),
+            tail=tail,
+        )
+
+    def _stands_alone(self, nodes: Sequence[fx.Node], add: fx.Node, stays: fx.Node, block: str) -> bool:
+        """Whether an addition in a block can do without these nodes, and nothing else has to do with them."""
+        members, summed = set(nodes), self.run.channels[add]
+        return (
             isinstance(summed, Channels)
             and summed.dim == 1
             and stays in self.fed
@@ -283,39 +303,29 @@ class _Search:
             and all(block in _paths(node) for node in nodes)
             and all(node.op != "get_attr" or node.target in self.named for node in nodes)
             and all(members.issuperset(node.all_input_nodes) for node in nodes if in_place(self.net, node))
-            and all(self.readers[id(self.named[name])] <= members for name in tensors)
+            and all(self.readers[id(self.named[name])] <= members for node in nodes for name in self._tensors(node))
         )
-        last = self._last(nodes) if exact else None
+
+    def _tail(self, nodes: Sequence[fx.Node]) -> _Tail | None:
+        """Return what stands behind the last layer, if there is one and it leaves the same behind everywhere."""
+        last = self._last(nodes)
         if last is None:
             return None
-        tail = _Tail(
-            last,
-            tuple(node for node in nodes if node not in {last, *_around(nodes, last)}),
-            self.run.env[last].shape,
-            self.run.channels[last].dim,
-        )
-        weight = self.net.get_submodule(str(last.target)).get_parameter("weight")
-        zero = weight.new_zeros(tail.shape[tail.dim])
+        behind = tuple(node for node in nodes if node not in {last, *_around(nodes, last)})
+        tail = _Tail(last, behind, self.run.env[last].shape, self.run.channels[last].dim)
+        zero = self._silence(tail)
         trial = tail(self.values, torch.linspace(-1, 1, len(zero)).to(zero))
-        if not torch.allclose(trial, _at_origin(trial).expand_as(trial), rtol=1e-4, atol=1e-6):
-            return None  # what it leaves behind would not be the same everywhere
-        # A stream that is written over has to be a copy, which the sum with a constant is.
-        overwritten = any(in_place(self.net, reader) for reader in add.users)
-        adds_nothing = [name for node in (last, *tail.nodes) for name in self._tensors(node)] == [
-            f"{last.target}.weight"
-        ]
-        return Branch(
-            name=(f"{block}#{place + 1}" if place else block) if block else add.name,
-            layers=tuple(dict.fromkeys(str(node.target) for node in nodes if self._is_layer(node))),
-            last=str(last.target),
-            tensors=frozenset(tensors),
-            block=block,
-            addition=place,
-            shortcut=shortcut,
-            bias=str(stays.target) if self._takes_bias(stays) else None,
-            constant=overwritten or not adds_nothing or bool(tail(self.values, zero).any()),
-            tail=tail,
-        )
+        return tail if torch.allclose(trial, _at_origin(trial).expand_as(trial), rtol=1e-4, atol=1e-6) else None
+
+    def _may_add(self, tail: _Tail) -> bool:
+        """Whether a branch may add anything once its last layer has zero weights."""
+        own = [name for node in (tail.layer, *tail.nodes) for name in self._tensors(node)]
+        return own != [f"{tail.layer.target}.weight"] or bool(tail(self.values, self._silence(tail)).any())
+
+    def _silence(self, tail: _Tail) -> Tensor:
+        """Return the channels, all zero, of a tail's layer."""
+        weight = self.net.get_submodule(str(tail.layer.target)).get_parameter("weight")
+        return weight.new_zeros(tail.shape[tail.dim])
 
     def _last(self, nodes: Sequence[fx.Node]) -> fx.Node | None:
         """Return the last layer that everything between the branch's input and its output passes through."""
