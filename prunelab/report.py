@@ -107,9 +107,9 @@ def results(
     return _named(paper, experiments, {str(row["key"]): row for row in rows.to_dict("records")})
 
 
-def recorded(paper: Paper, experiments: Cells) -> pd.DataFrame:
-    """Return the rows of some experiments that come with the repository, as `results` does; nothing is computed."""
-    return _named(paper, experiments, Store(RECORDED).rows())
+def recorded(paper: Paper) -> pd.DataFrame:
+    """Return the rows of a paper's recorded setting that come with the repository, as `results`; none is computed."""
+    return _named(paper, paper.experiments(), Store(RECORDED).rows())
 
 
 def _named(paper: Paper, experiments: Cells, known: Mapping[str, Mapping[Any, Any]]) -> pd.DataFrame:

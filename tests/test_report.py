@@ -202,10 +202,10 @@ def test_the_table_reads_the_store_and_computes_nothing(tmp_path: Path) -> None:
 def test_recorded_rows_are_the_repositorys_whatever_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PRUNELAB_RESULTS", str(tmp_path))
     paper = claims.load("03")
-    rows = report.recorded(paper, paper.experiments())
+    rows = report.recorded(paper)
     assert [tuple(cell) for cell in rows[["arm", "macs", "seed"]].to_numpy().tolist()] == list(paper.experiments())
     assert set(rows.label) == set(paper.labels.values())
-    assert report.recorded(paper, paper.experiments(model="vgg19")).empty
+    assert report.recorded(replace(paper, setting=replace(paper.setting, model="vgg19"))).empty
     assert not list(tmp_path.iterdir())
 
 
