@@ -19,7 +19,7 @@ from torch import Tensor
 
 from prunelab import models
 from prunelab.structure import Budget, ChannelSpace, Plan, Space
-from prunelab.structure.space import kept_count
+from prunelab.structure.space import Ranking, kept_count
 
 EXAMPLE = torch.zeros(1, 3, 32, 32)
 FRACTIONS = (0.5, 0.25, 0.125)
@@ -90,6 +90,32 @@ def test_a_budget_is_used_up_to_the_last_unit(spaces: dict[str, Space], name: st
 
 
 @pytest.mark.parametrize("fraction", FRACTIONS)
+@pytest.mark.parametrize("ranking", ["layer", "global"])
+def test_a_budget_leaves_multiples_up_to_the_last_step(fraction: float, ranking: Ranking) -> None:
+    space = ChannelSpace(models.build("vgg11", width=0.3, seed=0), torch.zeros(1, 3, 32, 32), multiple_of=8)
+    assert space.sizes.tolist() == [19, 38, 77, 77, 154, 154, 154, 154]  # none a multiple itself
+    scores, dense = space.scores("random"), space.macs()
+    plan = space.plan_for(scores, Budget(fraction), ranking)
+    widths = space.widths(plan)
+    assert ((widths % 8 == 0) | (widths == space.sizes)).all()
+    assert widths.min() >= 8
+    assert space.macs(plan) <= fraction * dense
+    more = np.minimum(widths + 8 * np.eye(len(widths), dtype=int), space.sizes)  # one group has one step more
+    assert (space.cost(more[widths < space.sizes]) > fraction * dense).any()
+    for group in space.groups:
+        best = scores[group.name].argsort(descending=True)[: plan.widths[group.name]]
+        assert plan.keep[group.name] == tuple(sorted(best.tolist()))
+
+
+def test_a_group_of_fewer_than_a_multiple_stays_whole() -> None:
+    space = ChannelSpace(models.build("convnet", seed=0), torch.zeros(1, 3, 32, 32), multiple_of=33)
+    plan = space.plan_for(space.scores("l1"), Budget(0.9))
+    assert plan.widths == {"conv1": 32, "conv2": 32, "conv3": 33}
+    with pytest.raises(ValueError, match=r"cannot be met: .* keeps 0\.8"):
+        space.plan_for(space.scores("l1"), Budget(0.5))
+
+
+@pytest.mark.parametrize("fraction", FRACTIONS)
 @pytest.mark.parametrize("name", ["convnet", "vgg16", "resnet56"])
 def test_layer_ranking_cuts_all_groups_alike(spaces: dict[str, Space], name: str, fraction: float) -> None:
     space = spaces[name]
@@ -153,6 +179,10 @@ def with_scores(space: Space, **changed: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (
+            lambda s: ChannelSpace(s.net, s.example, multiple_of=0),
+            "multiple_of is 0; it must be an integer >= 1",
+        ),
         (lambda s: Budget(0.5, "linear"), "scope is 'linear'; it must be one of 'all', 'conv'"),
         (lambda s: s.macs(scope="linear"), "scope is 'linear'; it must be one of 'all', 'conv'"),
         (lambda s: s.scores("l3"), "unknown criterion 'l3': legal names are 'l1'"),

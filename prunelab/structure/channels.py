@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from prunelab._arrays import Bools, Ints
+from prunelab._checks import check, integer
 from prunelab.structure.graph import Axis, Coupling, couple
 from prunelab.structure.plan import Plan
 from prunelab.structure.space import Cost, Group, Space
@@ -40,17 +41,22 @@ class ChannelSpace(Space):
     Args:
         net: a network that torch.fx can trace.
         example: an input, float [N, C, H, W]; its spatial size fixes the MACs.
+        multiple_of: a budget leaves a multiple of so many units of each group, or all of them: kernels are fastest at
+            widths that are multiples of 8 or 16.
 
     Raises:
         UntraceableError: the network, or a named module in it, cannot be cut safely.
+        ValueError: multiple_of is below 1.
     """
 
     kind = "channels"
 
-    def __init__(self, net: nn.Module, example: Tensor) -> None:
+    def __init__(self, net: nn.Module, example: Tensor, *, multiple_of: int = 1) -> None:
+        check("multiple_of", multiple_of, integer(1))
         self.example = example
         self.coupling = couple(net, example)
-        groups = [Group(n, int(s)) for n, s in zip(self.coupling.names, self.coupling.sizes, strict=True)]
+        sizes = self.coupling.sizes.tolist()
+        groups = [Group(n, s, step=multiple_of) for n, s in zip(self.coupling.names, sizes, strict=True)]
         super().__init__(net, groups, _cost(self.coupling))
 
     def owned(self, net: nn.Module) -> list[tuple[nn.Parameter, list[Tensor]]]:

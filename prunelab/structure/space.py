@@ -34,11 +34,15 @@ Share = int | float | Fraction
 
 @dataclass(frozen=True)
 class Group:
-    """Units of one kind in one place, ranked against each other; at least `least` of them always stay."""
+    """Units of one kind in one place, ranked against each other; at least `least` of them always stay.
+
+    A budget takes them in steps: a multiple of `step` stays, or all.
+    """
 
     name: str
     size: int
     least: int = 1
+    step: int = 1
 
 
 @dataclass(frozen=True)
@@ -166,6 +170,7 @@ class Space(ABC):
         self.groups = tuple(groups)
         self.cost = cost
         self.sizes = np.array([group.size for group in self.groups], dtype=np.int64)
+        self.steps = np.array([group.step for group in self.groups], dtype=np.int64)
         self._sizes = {group.name: group.size for group in self.groups}
         self._index = {group.name: i for i, group in enumerate(self.groups)}
         self._group_of = np.repeat(np.arange(len(self.groups)), self.sizes)
@@ -468,28 +473,43 @@ class Space(ABC):
 
         The result is one that `spent` found within the budget, also where that is measured and does not fall steadily.
         """
-        priority = self._priority(scores, ranking)
-        order = np.argsort(priority, kind="stable")[: np.count_nonzero(priority < np.inf)]
-        removed_from = self._group_of[order]
+        removed_from, left = self._removals(self._priority(scores, ranking))
 
         def widths(count: int) -> Ints:
-            return self.sizes - np.bincount(removed_from[:count], minlength=len(self.sizes))
+            found = self.sizes.copy()
+            found[removed_from[:count]] = left[:count]  # of one group's several entries the last one counts
+            return found
 
         spent = self.spent(budget, scores)
-        if (least := spent(widths(len(order)))) > budget.fraction:
+        if (least := spent(widths(len(left)))) > budget.fraction:
             raise ValueError(
                 f"budget {budget.cost}={budget.fraction} cannot be met: the smallest legal plan, with "
                 f"every unit of infinite score, keeps {least:.4f} of the {budget.what}"
             )
-        count = bisect_left(range(len(order)), True, key=lambda count: spent(widths(count)) <= budget.fraction)
+        count = bisect_left(range(len(left)), True, key=lambda count: spent(widths(count)) <= budget.fraction)
         found = widths(count)
         if budget.latency is None:  # no measurement can tell one unit from none
-            # Give each group one unit back, last removed first, where it fits: the groups' units differ in cost.
+            # Give each group one step back, last removed first, where it fits: the groups' units differ in cost.
             for group in dict.fromkeys(removed_from[:count][::-1].tolist()):
-                found[group] += 1
+                without = found[group]
+                found[group] = min(without + self.steps[group], self.sizes[group])
                 if spent(found) > budget.fraction:
-                    found[group] -= 1
+                    found[group] = without
         return found
+
+    def _removals(self, priority: Floats) -> tuple[Ints, Ints]:
+        """Return, in ascending order of priority, the group that loses a step and how many units are left of it then.
+
+        Units of infinite priority stay.
+        """
+        order = np.argsort(priority, kind="stable")[: np.count_nonzero(priority < np.inf)]
+        group = self._group_of[order]
+        removed = np.empty_like(order)  # of the same group, so far
+        lost = np.bincount(group, minlength=len(self.sizes))
+        removed[np.argsort(group, kind="stable")] = 1 + np.arange(len(order)) - np.repeat(lost.cumsum() - lost, lost)
+        left = self.sizes[group] - removed
+        whole_steps = left % self.steps[group] == 0
+        return group[whole_steps], left[whole_steps]
 
     def _latency(self, plan: Plan) -> float:
         """Time the shrunk network beside the dense one."""
