@@ -207,6 +207,12 @@ _KINDS = {
 NAMES: tuple[str, ...] = tuple(_KINDS)
 """The built-in data sets."""
 
+LEGAL = Legal(
+    f"one of {', '.join(map(repr, NAMES))}, or an image folder or archive, by its path or its name in PRUNELAB_DATA",
+    lambda name: name in NAMES or (name and _find(name, _Kind())),
+)
+"""What `load` takes for a name."""
+
 
 class _Decoded(NamedTuple):
     classes: tuple[str, ...]

@@ -16,7 +16,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from prunelab._checks import POSITIVE, Legal, check, instance, integer, optional
+from prunelab._checks import POSITIVE, Legal, check, integer, optional
 from prunelab.layers import ZeroPadChannels
 
 Shape = tuple[int, int, int]
@@ -297,6 +297,14 @@ _BUILDERS: dict[str, Callable[[_Task], nn.Module]] = {
 NAMES: tuple[str, ...] = tuple(_BUILDERS)
 """The networks of this module; `build` also takes torchvision's names."""
 
+TORCHVISION: tuple[str, ...] = tuple(torchvision.models.list_models(torchvision.models))
+
+LEGAL = Legal(
+    f"one of {', '.join(map(repr, NAMES))}, or a classification network of torchvision",
+    lambda name: name in NAMES or name.removeprefix("torchvision/") in TORCHVISION,
+)
+"""What `build` takes for a name."""
+
 
 def build(
     name: str, *, classes: int = 10, shape: Shape = (3, 32, 32), seed: int | None = None, width: float = 1.0
@@ -318,10 +326,10 @@ def build(
     Raises:
         ValueError: unknown name, or a number of classes, shape or width that the network cannot have.
     """
-    check("name", name, instance(str, f"one of {', '.join(NAMES)}, or a classification network of torchvision"))
+    if isinstance(name, str) and not LEGAL.accepts(name):
+        raise ValueError(f"unknown network {name!r}: choose one of {', '.join((*NAMES, *TORCHVISION))}")
+    check("name", name, LEGAL)
     builder, torchvision_name = _BUILDERS.get(name), name.removeprefix("torchvision/")
-    if builder is None and torchvision_name not in (known := torchvision.models.list_models(torchvision.models)):
-        raise ValueError(f"unknown network {name!r}: choose one of {', '.join((*NAMES, *known))}")
     check("classes", classes, integer(2))
     check("shape", shape, IMAGE)
     check("seed", seed, optional(integer(0)))

@@ -5,23 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, MutableMapping
 from typing import Any
 
-from prunelab._checks import FRACTION
+from prunelab._checks import FRACTION, Legal
 
-Legal = Callable[[Any], Any] | Collection[Any]
+Values = Legal | Callable[[Any], Any] | Collection[Any]
 
 INTERACTIVE = {"In", "Out", "exit", "quit", "open", "get_ipython"}  # what IPython itself puts beside the user's names
 CHECKED = "_parameters_checked"  # left in the namespace by the first check
 
 
-def parameters(namespace: MutableMapping[str, Any], **legal: Legal) -> None:
+def parameters(namespace: MutableMapping[str, Any], **legal: Values) -> None:
     """Refuse an unknown name or an illegal value; to be called with globals() right after the parameters cell.
 
     Called again later, when the notebook has variables of its own, it takes only names in capitals for parameters.
 
     Args:
         namespace: the notebook's names. Those that start with "_", modules, functions and classes are not parameters.
-        legal: for each parameter, its legal values (any collection, a range), a type, or a predicate whose docstring
-            says what is legal.
+        legal: for each parameter, its legal values (any collection, a range), a type, what a function of the library
+            takes (such as `prunelab.data.LEGAL`), or a predicate whose docstring says what is legal.
 
     Raises:
         ValueError: a parameter is unknown, missing, or has an illegal value; it is named, with the legal ones.
@@ -59,7 +59,9 @@ def _is_parameter(name: str, value: Any) -> bool:
     return not (name.startswith("_") or name in INTERACTIVE or callable(value) or type(value).__name__ == "module")
 
 
-def _is_legal(value: Any, legal: Legal) -> bool:
+def _is_legal(value: Any, legal: Values) -> bool:
+    if isinstance(legal, Legal):
+        return legal.accepts(value)
     if isinstance(legal, type):
         return isinstance(value, legal) and not (isinstance(value, bool) and legal is not bool)
     if callable(legal):
@@ -70,7 +72,9 @@ def _is_legal(value: Any, legal: Legal) -> bool:
     return any(type(value) is type(one) and value == one for one in legal)
 
 
-def _described(legal: Legal) -> str:
+def _described(legal: Values) -> str:
+    if isinstance(legal, Legal):
+        return f"it must be {legal.words}"
     if isinstance(legal, type):
         return f"it must be of type {legal.__name__}"
     if callable(legal):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from prunelab import notebook
+from prunelab import data, models, notebook
 
 LEGAL: dict[str, Any] = {
     "DATASET": ("digits", "cifar10"),
@@ -44,6 +45,21 @@ def test_legal_values_pass_beside_what_a_notebook_has_anyway() -> None:
 def test_an_illegal_value_or_an_unknown_name_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         notebook.parameters({**GOOD, **change}, **LEGAL)
+
+
+def test_what_the_library_takes_a_notebook_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRUNELAB_DATA", str(tmp_path))
+    Path(tmp_path, "leaves", "train").mkdir(parents=True)
+    legal = {"DATASET": data.LEGAL, "MODEL": models.LEGAL}
+    for dataset in (*data.NAMES, "leaves", str(tmp_path / "leaves")):
+        notebook.parameters({"DATASET": dataset, "MODEL": "convnet"}, **legal)
+    for model in (*models.NAMES, "resnet18", "torchvision/vgg16"):
+        notebook.parameters({"DATASET": "digits", "MODEL": model}, **legal)
+    for wrong in ("petals", "", 3, None, ["digits"]):
+        with pytest.raises(ValueError, match=r"DATASET = .*: it must be one of 'digits', .*, or an image folder"):
+            notebook.parameters({"DATASET": wrong, "MODEL": "convnet"}, **legal)
+        with pytest.raises(ValueError, match=r"MODEL = .*: it must be one of 'convnet', .* network of torchvision"):
+            notebook.parameters({"DATASET": "digits", "MODEL": wrong}, **legal)
 
 
 @pytest.mark.parametrize("budgets", ["auto", [0.5], [1]])
