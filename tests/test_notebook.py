@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 
 from prunelab import data, models, notebook
+
+NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 
 LEGAL: dict[str, Any] = {
     "DATASET": ("digits", "cifar10"),
@@ -87,3 +90,16 @@ def test_the_setup_cell_can_be_run_again_when_there_are_variables() -> None:
         notebook.parameters({**namespace, "SEEDS": 99}, **LEGAL)
     with pytest.raises(ValueError, match="unknown parameter SEED"):
         notebook.parameters({**namespace, "SEED": 5}, **LEGAL)
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_solutions_are_folded_and_tagged(path: Path) -> None:
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    starts = ["".join(cell["source"]).split(maxsplit=2)[:2] for cell in cells]
+    exercises = starts.index(["##", "Exercises"])
+    solutions = [cell for cell in cells[exercises:] if cell["cell_type"] == "code"]
+    assert len(solutions) >= 3
+    for cell in solutions:
+        assert "solution" in cell["metadata"]["tags"]  # so that nbconvert can leave them out
+        assert cell["metadata"]["jupyter"] == {"outputs_hidden": True, "source_hidden": True}
+    assert not any("solution" in cell["metadata"].get("tags", ()) for cell in cells[: exercises + 1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -36,3 +37,17 @@ def test_the_examples_prune_train_save_load_and_export(
     assert cost.macs(names["pruned"].net, digit, "conv") <= 0.25 * cost.macs(names["trained"], digit, "conv")
     assert Plan.load("plan.json") == names["plan"]
     assert {path.name for path in tmp_path.iterdir()} >= {"plan.json", "small.safetensors", "small.onnx"}
+
+
+def test_links_to_files_lead_somewhere() -> None:
+    root, found = README.parent, 0
+    for page in (*root.glob("*.md"), *root.glob("*/*.md"), *root.glob("notebooks/*.ipynb")):
+        text = page.read_text(encoding="utf-8")
+        if page.suffix == ".ipynb":
+            cells = json.loads(text)["cells"]
+            text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+        for link in re.findall(r"\]\(([^)#\s]+)", text):
+            if "://" not in link:
+                assert (page.parent / link).exists(), f"{page.name}: {link}"
+                found += 1
+    assert found > 50
