@@ -12,16 +12,17 @@ import io
 import json
 import lzma
 import math
+import operator
 import os
 import re
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import safetensors
@@ -33,6 +34,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
@@ -262,6 +264,48 @@ def load(name: str, *, image_size: int | None = None) -> Data:
     return data
 
 
+def from_datasets(
+    train: Dataset[Any],
+    test: Dataset[Any],
+    *,
+    name: str,
+    val: Dataset[Any] | None = None,
+    classes: Sequence[str] | None = None,
+) -> Data:
+    """Make a `Data` of your own images and labels, given as map-style torch data sets.
+
+    Tensors are given as `TensorDataset(images, labels)`; of a `DataLoader`, its `dataset`. Every image is read once and
+    kept in memory, so a random transform would be drawn once and for all: leave it out, and normalisation too. The rest
+    is as for an image folder: without `val`, one tenth of the training images, drawn by class, are set aside, and
+    training batches are mirrored and cut out of padded copies; `dataclasses.replace(data, flip=False, padding=0)` is
+    the same data set without.
+
+    Args:
+        train: pairs (image, label). Images are all of one size: tensors [C, H, W] of uint8, or of floats in [0, 1],
+            which are rounded to 256 levels; or PIL pictures, grey ones of one channel and all others as RGB. Labels are
+            integers from 0 to K - 1, of which each occurs.
+        test: the same, where a label need not occur.
+        name: what the data set is called.
+        val: as `test`, or None.
+        classes: the names of the K classes, in the order of the labels; None: the numbers.
+
+    Raises:
+        ValueError: any of these is not so (it names the data set, and the index of the image or label), or there are
+            fewer than 2 training images per class and no `val`.
+    """
+    datasets = {"train": train, "test": test} | ({} if val is None else {"val": val})
+    for split, dataset in datasets.items():
+        check(split, dataset, _MAP_STYLE)
+    check("name", name, Legal("a text that is not empty", lambda name: isinstance(name, str) and name))
+    check("classes", classes, optional(_CLASSES))
+    splits = {split: _read(split, dataset) for split, dataset in datasets.items()}
+    number = len(splits["train"].labels.unique()) if classes is None else len(classes)
+    for split, part in splits.items():
+        _check_split(split, part, splits["train"], number)
+    names = tuple(classes or map(str, range(number)))
+    return _assemble(name, _Kind(), _Decoded(names, splits, f"torch data set {type(train).__name__}"))
+
+
 # --- Where the pixels come from ---------------------------------------------------------------------------------------
 
 
@@ -373,6 +417,80 @@ def _tensors(dataset: torchvision.datasets.VisionDataset, image_size: int | None
     pixels = torch.as_tensor(dataset.data)
     pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
     return Split(_resize(pixels, image_size), torch.as_tensor(dataset.targets))
+
+
+# --- Data sets of torch -----------------------------------------------------------------------------------------------
+
+
+_MAP_STYLE = Legal(
+    "a map-style torch Dataset that is not empty, such as TensorDataset(images, labels)",
+    lambda dataset: isinstance(dataset, Dataset) and not isinstance(dataset, IterableDataset) and len(dataset),  # type: ignore[arg-type]
+)
+_CLASSES = Legal(
+    "a list of different names",
+    lambda names: (
+        isinstance(names, list | tuple)
+        and all(isinstance(name, str) for name in names)
+        and len(names) == len(set(names)) > 0
+    ),
+)
+_PAIR = Legal("a pair (image, label)", lambda pair: isinstance(pair, list | tuple) and len(pair) == 2)
+_LABEL = Legal("an integer >= 0, the number of a class", lambda label: operator.index(label) >= 0)
+
+
+def _read(split: str, dataset: Any) -> Split:
+    """Read every pair of a data set, and check it by itself."""
+    images: list[Tensor] = []
+    labels: list[int] = []
+    for index in tqdm(range(len(dataset)), desc=f"read {split}", unit="image", leave=False, delay=2):
+        pair = dataset[index]
+        check(f"{split}[{index}]", pair, _PAIR)
+        check(f"{split}[{index}]: label", pair[1], _LABEL)
+        image = _to_uint8(f"{split}[{index}]: image", pair[0])
+        if images and image.shape != images[0].shape:
+            raise ValueError(
+                f"{split}[{index}]: image is {list(image.shape)}; it must be {list(images[0].shape)} as {split}[0] is"
+            )
+        images.append(image)
+        labels.append(operator.index(pair[1]))
+    return Split(torch.stack(images), torch.tensor(labels))
+
+
+def _to_uint8(name: str, image: object) -> Tensor:
+    """Return an image as `uint8 [C, H, W]` on the CPU."""
+    if isinstance(image, Image.Image):
+        return _fit(image.convert("L" if image.mode in ("1", "L") else "RGB"), None)
+    if isinstance(image, Tensor) and image.ndim == 3 and image.numel():
+        if image.dtype == torch.uint8:
+            return image.cpu()
+        if image.is_floating_point() and image.min() >= 0 and image.max() <= 1:
+            return (255 * image.float()).round().to("cpu", torch.uint8)
+    raise ValueError(
+        f"{name} is {_description(image)}; it must be a PIL picture, or a tensor [C, H, W] of uint8 or of floats in "
+        "[0, 1], which is not normalised yet"
+    )
+
+
+def _description(image: object) -> str:
+    if not isinstance(image, Tensor):
+        return f"of type {type(image).__name__}"
+    kind = f"{image.dtype} {list(image.shape)}"
+    if not image.is_floating_point() or not image.numel():
+        return kind
+    return f"{kind} from {image.min():g} to {image.max():g}"
+
+
+def _check_split(split: str, part: Split, train: Split, number: int) -> None:
+    """Check the size of a split's images against the training images', and its labels against the number of classes."""
+    size, wanted = (list(each.images.shape[1:]) for each in (part, train))
+    if size != wanted:
+        raise ValueError(f"{split}: images are {size}; they must be {wanted} as those of train are")
+    found = part.labels.unique()
+    if found[-1] >= number or (part is train and len(found) < number):
+        raise ValueError(
+            f"{split}: {len(found)} different labels from {found[0]} to {found[-1]}; they must be 0 to {number - 1}, "
+            "and each must occur in train"
+        )
 
 
 # --- Image folders and archives ---------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils.data import TensorDataset
 
 from prunelab import claims, cost, data, deploy, experiments, models, scores, training
 from prunelab.experiments import Experiment
@@ -160,6 +161,11 @@ FUNCTIONS: dict[str, tuple[Callable[..., object], Callable[[], dict[str, Any]], 
     "Space.mask": (lambda **k: space().mask(**k), dict, {"plan"}),
     "methods.build": (build, lambda: {"name": "l1"}, {"name"}),
     "data.load": (data.load, lambda: {"name": "digits"}, {"name", "image_size"}),
+    "data.from_datasets": (
+        data.from_datasets,
+        lambda: {"train": TensorDataset(*digits().val), "test": TensorDataset(*digits().val), "name": "own"},
+        {"train", "test", "val", "classes"},
+    ),
     "Data.batches": (
         lambda **k: digits().batches(**k),
         lambda: {"split": "train", "batch_size": 8},

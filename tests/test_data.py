@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import lzma
 import os
@@ -7,7 +8,9 @@ import shutil
 import struct
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import numpy as np
@@ -17,8 +20,14 @@ import safetensors.torch
 import torch
 import torchvision
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import PILToTensor, ToTensor, v2
 
-from prunelab.data import NAMES, UNEQUAL_SIZE, Data, Split, load
+from prunelab import cost, methods, models
+from prunelab.data import NAMES, UNEQUAL_SIZE, Data, Split, from_datasets, load
+from prunelab.structure import Budget
+from prunelab.training import Context, Recipe, evaluate, fit, recalibrate
 
 
 @pytest.fixture
@@ -455,6 +464,142 @@ def test_layout_errors_name_the_folder(cache: Path, tmp_path: Path) -> None:
     shutil.rmtree(folder / "test")
     with pytest.raises(ValueError, match="tiny must hold pictures as <split>/<class>/<picture>"):
         load(str(folder))
+
+
+# --- Data sets of torch -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transform", [None, PILToTensor(), ToTensor(), v2.PILToTensor()], ids=repr)
+def test_a_torch_data_set_is_what_its_folder_is(cache: Path, tmp_path: Path, transform: Any) -> None:
+    """As pictures, as uint8 and as floats: the same names, statistics and splits, so the same batches."""
+    folder = picture_folder(tmp_path)
+    train, test = (ImageFolder(folder / split, transform) for split in ("train", "test"))
+    ours, theirs = from_datasets(train, test, name="tiny", classes=train.classes), load(str(folder))
+    assert ours.digest == theirs.digest
+    assert (ours.name, ours.source) == ("tiny", "torch data set ImageFolder")
+    assert ours.train.images.is_contiguous(memory_format=torch.channels_last)
+    for split in ("train", "val", "test"):
+        for own, known in zip(ours.batches(split, 2), theirs.batches(split, 2), strict=True):
+            assert torch.equal(own[0], known[0])
+            assert torch.equal(own[1], known[1])
+    first, second = (next(data.batches("train", 8, torch.Generator().manual_seed(0)))[0] for data in (ours, theirs))
+    assert torch.equal(first, second), "augmented alike"
+
+
+def test_a_validation_set_is_taken_as_it_is() -> None:
+    images, labels = noise(9, 3, 4, 4), torch.arange(9) % 3
+    parts = [TensorDataset(images[i : i + 3], labels[i : i + 3]) for i in (0, 3, 6)]
+    data = from_datasets(parts[0], parts[1], val=parts[2], name="mine")
+    for part, start in ((data.train, 0), (data.test, 3), (data.val, 6)):
+        assert torch.equal(part.images, images[start : start + 3])
+        assert torch.equal(part.labels, labels[start : start + 3])
+    assert data.classes == ("0", "1", "2")
+
+
+def test_all_256_levels_survive_as_floats() -> None:
+    levels = torch.arange(256, dtype=torch.uint8).view(2, 1, 16, 8)
+    for kind in (torch.float16, torch.float32, torch.float64):
+        part = TensorDataset(levels.to(kind) / 255, torch.tensor([0, 1]))
+        assert torch.equal(from_datasets(part, part, val=part, name="levels").train.images, levels)
+
+
+def test_the_images_are_copies() -> None:
+    images = noise(4, 1, 4, 4)
+    part = TensorDataset(images, torch.tensor([0, 1, 0, 1]))
+    data = from_datasets(part, part, name="mine")
+    before = data.digest, data.test.images.clone()
+    images.zero_()
+    assert torch.equal(data.test.images, before[1])
+
+
+def test_transparent_and_grey_pictures_have_three_channels_and_one() -> None:
+    class Pictures(Dataset[Any]):
+        def __init__(self, mode: str) -> None:
+            self.mode = mode
+
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+            return Image.new(self.mode, (5, 6)), index % 2
+
+    for mode, channels in (("RGBA", 3), ("P", 3), ("RGB", 3), ("L", 1), ("1", 1)):
+        assert from_datasets(Pictures(mode), Pictures(mode), name="mine").shape == (channels, 6, 5)
+
+
+def test_own_tensors_are_trained_on_and_pruned() -> None:
+    """From tensors to a cut network within its budget that has learned: digits, as if they were a user's own."""
+    whole = load("digits")
+    train, val, test = (TensorDataset(*part) for part in (whole.train, whole.val, whole.test))
+    made = from_datasets(train, test, val=val, name="own digits", classes=whole.classes)
+    assert made.digest == whole.digest
+    own = dataclasses.replace(made, flip=False)
+    assert (made.flip, own.padding) == (True, whole.padding)
+    net, recipe = models.build("convnet-bn", shape=own.shape, width=0.5, seed=0), Recipe(3, lr=0.05, batch_size=32)
+    fit(net, own, recipe, seed=0, progress=False)
+    pruned = methods.build("l1")(net, Budget(0.5), Context(own, recipe, seed=0, progress=False))
+    assert cost.macs(pruned.net, own.example) <= 0.5 * cost.macs(net, own.example)
+    recalibrate(pruned.net, own)
+    fit(pruned.net, own, recipe, seed=0, progress=False)
+    assert evaluate(pruned.net, own, "test") > 80, "chance is 10"
+
+
+GOOD = noise(4, 3, 6, 6), torch.tensor([0, 1, 0, 1])
+BAD_LABELS = "they must be 0 to 1, and each must occur in train"
+
+
+def pairs(images: Any, labels: Any = GOOD[1]) -> Dataset[Any]:
+    """Return the pairs as a data set: a part of a list, as images may be of any kind."""
+    return Subset(list(zip(images, labels, strict=True)), range(len(labels)))  # type: ignore[arg-type]
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        yield from zip(*GOOD, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train": GOOD}, "(?s)train is .*; it must be a map-style torch Dataset that is not empty, such as"),
+        ({"train": DataLoader(TensorDataset(*GOOD))}, "train is <.*DataLoader.*; it must be a map-style torch Dataset"),
+        ({"test": Stream()}, "test is <.*Stream.*; it must be a map-style"),
+        ({"val": TensorDataset(GOOD[0][:0])}, "val is <.*TensorDataset.*; it must be a map-style.* not empty"),
+        ({"name": ""}, "name is ''; it must be a text that is not empty"),
+        ({"classes": ["a", "a"]}, r"classes is \['a', 'a'\]; it must be a list of different names, or None"),
+        ({"train": TensorDataset(GOOD[0])}, r"(?s)train\[0\] is \(.*; it must be a pair \(image, label\)"),
+        ({"train": pairs(GOOD[0], GOOD[1] + 0.5)}, r"train\[0\]: label is tensor\(0.5.*; it must be an integer >= 0"),
+        ({"test": pairs(GOOD[0], GOOD[1] - 1)}, r"test\[0\]: label is tensor\(-1\); it must be an integer >= 0"),
+        ({"test": pairs(GOOD[0], torch.eye(4).long())}, r"test\[0\]: label is tensor\(\[1, 0, 0, 0\]\)"),
+        (
+            {"train": pairs([*GOOD[0][:3], GOOD[0][0, :, 1:]])},
+            r"train\[3\]: image is \[3, 5, 6\]; it must be \[3, 6, 6\] as train\[0\] is",
+        ),
+        (
+            {"test": pairs(GOOD[0][:, :1])},
+            r"test: images are \[1, 6, 6\]; they must be \[3, 6, 6\] as those of train are",
+        ),
+        ({"train": pairs(GOOD[0].float())}, r"train\[0\]: image is torch.float32 \[3, 6, 6\] from \d+ to \d+; "),
+        ({"train": pairs(GOOD[0] / 255 - 0.5)}, r"train\[0\]: image is .* from -0\.\d+ to .* not normalised yet"),
+        ({"val": pairs(GOOD[0] * torch.nan)}, r"val\[0\]: image is torch.float32 \[3, 6, 6\] from nan to nan"),
+        ({"train": pairs(GOOD[0].int())}, r"train\[0\]: image is torch.int32 \[3, 6, 6\]; it must be"),
+        ({"train": pairs(GOOD[0][:, 0])}, r"train\[0\]: image is torch.uint8 \[6, 6\]; it must be"),
+        ({"train": pairs(GOOD[0][:, :, :0])}, r"train\[0\]: image is torch.uint8 \[3, 0, 6\]; it must be"),
+        ({"train": pairs(GOOD[0].numpy())}, r"train\[0\]: image is of type ndarray; it must be a PIL picture, or"),
+        ({"train": pairs(GOOD[0], GOOD[1] + 1)}, f"train: 2 different labels from 1 to 2; {BAD_LABELS}"),
+        ({"test": pairs(GOOD[0], GOOD[1] + 1)}, f"test: 2 different labels from 1 to 2; {BAD_LABELS}"),
+        ({"classes": ["a", "b", "c"]}, "train: 2 different labels from 0 to 1; they must be 0 to 2, and each must"),
+        ({"classes": ["a"]}, "train: 2 different labels from 0 to 1; they must be 0 to 0"),
+        (
+            {"train": pairs(GOOD[0], torch.tensor([0, 1, 1, 1]))},
+            "torch data set Subset must hold at least 2 training images per class, not 1",
+        ),
+    ],
+)  # fmt: skip
+def test_a_data_set_that_is_none_is_refused_by_name(change: dict[str, Any], message: str) -> None:
+    good = {"train": TensorDataset(*GOOD), "test": TensorDataset(*GOOD), "name": "mine"}
+    with pytest.raises(ValueError, match=message):
+        from_datasets(**{**good, **change})
 
 
 # --- Finding data sets ------------------------------------------------------------------------------------------------
