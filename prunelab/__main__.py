@@ -378,7 +378,7 @@ def _findings() -> Iterator[tuple[str, str, bool]]:
     yield "cache (PRUNELAB_CACHE)", f"{folder}, {size / 1e6:.0f} MB", True
     yield _store()
     missing = [name for name in ("papermill", "nbconvert", "jupyterlab", "ipykernel") if find_spec(name) is None]
-    advice = f"missing: {', '.join(missing)}; pip install 'prunelab[notebooks]'"
+    advice = f"missing: {', '.join(missing)}; pip install -e '.[notebooks]'"
     yield "notebook tools", advice if missing else "all there", not missing
 
 

@@ -39,7 +39,7 @@ try:
     from distributed import Client, LocalCluster, as_completed
     from distributed.comm.addressing import get_address_host_port
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(f"{error}: a cluster needs Dask: pip install 'prunelab[cluster]'") from error
+    raise ModuleNotFoundError(f"{error}: a cluster needs Dask: pip install -e '.[cluster]'") from error
 
 ADDRESSES = "'local', 'slurm', 'slurm:JOBS', or a scheduler's as in 'host:8786' or 'tcp://host:8786'"
 SECONDS_TO_ANSWER = 10
