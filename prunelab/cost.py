@@ -1,13 +1,16 @@
 """What a network costs: multiply-adds, parameters and bytes, and its measured time.
 
-One multiply-add is one MAC. Counted are calls of `Conv2d`, `Linear` and `ColumnConv2d`; batch norm, activations, pools,
-biases and the products inside attention are not. Counting runs on PyTorch's meta device: shapes, no arithmetic.
+One multiply-add is one MAC. Counted are calls of `Linear`, of PyTorch's convolutions, also transposed ones, and of
+`ColumnConv2d`; batch norm, activations, pools, biases and the products inside attention are not. A module that holds
+matrices and is not counted, such as an attention or a recurrent layer, is named in a warning. Counting runs on
+PyTorch's meta device: shapes, no arithmetic.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -18,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 
 from prunelab._checks import NETWORK, TENSOR, check, integer, one_of, optional
@@ -27,8 +32,15 @@ from prunelab.layers import ColumnConv2d
 
 Scope = Literal["all", "conv"]
 
-_CONVOLUTIONS = (nn.Conv2d, ColumnConv2d)
+_CONVOLUTIONS = (_ConvNd, ColumnConv2d)
 _COUNTED = (*_CONVOLUTIONS, nn.Linear)
+_WITHOUT_PRODUCTS = (  # whatever the shape of their parameters: they look up, scale, or make a counted layer's weights
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    ParametrizationList,
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +63,9 @@ def macs(net: nn.Module, example: Tensor, scope: Scope = "all") -> int:
         example: an input batch [N, ...]; only its shape and type matter.
         scope: "all" or "conv".
 
+    Warns:
+        UserWarning: a module that ran holds matrices and is not counted.
+
     Raises:
         ValueError: unknown scope, empty batch, or an example the network does not take.
     """
@@ -70,17 +85,20 @@ def size_bytes(net: nn.Module) -> int:
 
 
 def breakdown(net: nn.Module, example: Tensor) -> pd.DataFrame:
-    """List the layers that hold parameters, in the order of the network's modules.
+    """List the layers that hold parameters or are counted, in the order of the network's modules.
 
-    Columns: name, kind (class name), output (shape of the last call without the batch; None if no call returned a
-    tensor), macs (one image, all calls) and parameters. The sums are `macs(net, example)` and, unless layers share a
-    tensor, `parameters(net)`.
+    Columns: name, kind (class name), output (shape of the last tensor it returned without the batch; None if it
+    returned none), macs (one image, all calls) and parameters. The sums are `macs(net, example)` and, unless layers
+    share a tensor, `parameters(net)`.
+
+    Warns:
+        UserWarning: a module that ran holds matrices and is not counted.
 
     Raises:
         ValueError: empty batch, or an example the network does not take.
     """
     calls = _calls(net, example)
-    outputs = {call.layer: call.output for call in calls}
+    outputs = {call.layer: call.output for call in calls if call.output is not None}
     rows = [
         {
             "name": name,
@@ -90,7 +108,7 @@ def breakdown(net: nn.Module, example: Tensor) -> pd.DataFrame:
             "parameters": sum(parameter.numel() for parameter in layer.parameters(recurse=False)),
         }
         for name, layer in net.named_modules()
-        if _holds_parameters(layer)
+        if _is_noted(layer)
     ]
     return pd.DataFrame(rows, columns=["name", "kind", "output", "macs", "parameters"])
 
@@ -148,37 +166,72 @@ def latencies(
 
 class _Call(NamedTuple):
     layer: nn.Module
-    output: tuple[int, ...]
+    output: tuple[int, ...] | None  # shape without the batch; None: no tensor
     macs: int
 
 
 def _calls(net: nn.Module, example: Tensor) -> list[_Call]:
-    """Run `net` on the meta device and note every call of a layer that holds parameters."""
+    """Run `net` on the meta device and note every call of a layer that has weights; warn of those not counted."""
     check("net", net, NETWORK)
     check("example", example, TENSOR)
     if example.ndim == 0 or len(example) == 0:
         raise ValueError(f"the example must hold at least one image, got shape {tuple(example.shape)}")
     calls: list[_Call] = []
 
-    def note(layer: nn.Module, args: object, output: object) -> None:
-        if not isinstance(output, Tensor):
-            return
-        # Each output value sums over one row of the weight: a filter's channels and kernel, its columns, or the inputs.
-        terms = layer.weight[0].numel() if isinstance(layer, _COUNTED) else 0
-        calls.append(_Call(layer, tuple(output.shape[1:]), output.numel() // len(example) * terms))
+    def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
+        if isinstance(output, Tensor):
+            source = args[0] if args else kwargs.get("input")
+            calls.append(_Call(layer, tuple(output.shape[1:]), _products(layer, source, output) // len(example)))
+        else:
+            calls.append(_Call(layer, None, 0))
 
     meta = {name: tensor.to("meta") for name, tensor in tensors_in_place(net).items()}
     with ExitStack() as stack:
         stack.enter_context(evaluating(net))
         stack.enter_context(torch.no_grad())
         stack.enter_context(_ShapesOnly())
-        for layer in filter(_holds_parameters, net.modules()):
-            stack.callback(layer.register_forward_hook(note).remove)
+        for layer in filter(_is_noted, net.modules()):
+            stack.callback(layer.register_forward_hook(note, with_kwargs=True).remove)
         try:
             functional_call(net, meta, example.to("meta"), tie_weights=False)
         except RuntimeError as error:
             raise ValueError(f"the network takes no input of shape {tuple(example.shape)}: {error}") from error
+    _warn_of_uncounted(net, {call.layer for call in calls} - {call.layer for call in calls if call.macs})
     return calls
+
+
+def _products(layer: nn.Module, source: Any, output: Tensor) -> int:
+    """Return the multiply-adds of a call, for the whole batch: one row of the weight for each value that has one.
+
+    An output value sums over a row: a filter's channels and kernel, its columns, or the inputs. In a transposed
+    convolution an input value is spread over one: the filters and their kernels.
+    """
+    if not isinstance(layer, _COUNTED):
+        return 0
+    values: Tensor = source if isinstance(layer, _ConvTransposeNd) else output
+    weight: Any = layer.weight
+    return values.numel() * weight[0].numel()
+
+
+def _warn_of_uncounted(net: nn.Module, uncounted: Set[nn.Module]) -> None:
+    """Name those of the layers that ran uncounted which hold matrices of their own to multiply by."""
+    named = [
+        f"{name or 'the network itself'} ({type(layer).__name__})"
+        for name, layer in net.named_modules()
+        if layer in uncounted
+        and not isinstance(layer, _WITHOUT_PRODUCTS)
+        and any(map(_is_matrix, layer.parameters(recurse=False)))
+    ]
+    if named:
+        warnings.warn(
+            f"multiply-adds are those of convolutions and linear layers; not counted: {', '.join(named)}",
+            stacklevel=4,  # the line that called `macs` or `breakdown`
+        )
+
+
+def _is_matrix(parameter: Tensor) -> bool:
+    """Return whether more than one dimension is longer than 1: a vector, also as [C, 1, 1], scales or shifts."""
+    return sum(size > 1 for size in parameter.shape) > 1
 
 
 class _ShapesOnly(TorchFunctionMode):
@@ -191,8 +244,9 @@ class _ShapesOnly(TorchFunctionMode):
         return args[0] if func in (F.batch_norm, F.relu) else func(*args, **(kwargs or {}))
 
 
-def _holds_parameters(layer: nn.Module) -> bool:
-    return any(True for _ in layer.parameters(recurse=False))
+def _is_noted(layer: nn.Module) -> bool:
+    """Return whether a layer holds parameters or, as one whose weights are parametrized, is counted without any."""
+    return isinstance(layer, _COUNTED) or any(True for _ in layer.parameters(recurse=False))
 
 
 def _seconds(net: nn.Module, example: Tensor) -> float:

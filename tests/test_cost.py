@@ -33,6 +33,47 @@ def test_linear_counts_every_position() -> None:
     assert cost.macs(nn.Linear(7, 4), torch.zeros(2, 5, 7)) == 5 * 28
 
 
+@pytest.mark.parametrize(
+    ("conv", "shape", "expected"),
+    [
+        (nn.Conv1d(3, 5, 3, stride=2), (10,), 5 * 4 * 3 * 3),
+        (nn.Conv3d(2, 4, (1, 3, 3), padding=(0, 1, 1)), (2, 5, 6), 4 * 2 * 5 * 6 * 2 * 9),
+        (nn.ConvTranspose1d(3, 5, 4, stride=2), (10,), 3 * 10 * 5 * 4),
+        (nn.ConvTranspose2d(3, 5, 2, stride=2), (4, 6), 3 * 4 * 6 * 5 * 4),  # in closed form also by its 8 x 12 outputs
+        (nn.ConvTranspose2d(4, 6, 3, groups=2, padding=1, output_padding=1, stride=2), (4, 6), 4 * 4 * 6 * 3 * 9),
+        (nn.ConvTranspose3d(2, 3, 2), (2, 3, 4), 2 * 24 * 3 * 8),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_other_convolutions_in_closed_form(conv: nn.Module, shape: tuple[int, ...], expected: int, batch: int) -> None:
+    example = torch.zeros(batch, conv.in_channels, *shape)
+    assert cost.macs(conv, example) == cost.macs(conv, example, "conv") == expected
+    assert 2 * batch * expected == flops(conv, example)
+    assert cost.breakdown(conv, example).macs.tolist() == [expected]
+
+
+def test_a_transposed_convolution_may_be_called_by_keyword() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.ConvTranspose2d(2, 3, 3, stride=2, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.up(output_size=[8, 8], input=x)
+
+    assert cost.macs(Net(), torch.zeros(1, 2, 4, 4)) == 2 * 16 * 3 * 9
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_parametrized_weights_are_counted(bias: bool) -> None:
+    conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 5, 3, bias=bias))
+    assert cost.macs(conv, torch.zeros(1, 3, 10, 8)) == 5 * 8 * 6 * 3 * 9
+    table = cost.breakdown(conv, torch.zeros(1, 3, 10, 8))
+    assert table.macs.sum() == 5 * 8 * 6 * 3 * 9
+    assert table.parameters.sum() == cost.parameters(conv) == 5 * 27 + 5 + 5 * bias
+
+
 def test_column_convolution_counts_the_columns_it_keeps() -> None:
     conv = nn.Conv2d(3, 5, 3, stride=2, padding=1)
     columns = ColumnConv2d(conv, torch.tensor([0, 4, 13, 26]))
@@ -84,6 +125,59 @@ def test_twice_the_macs_are_pytorchs_flops_on_torchvision(name: str) -> None:
     with torch.device("meta"):  # no weights: drawing them takes longer than all the counting
         net, example = models.build(name, shape=shape), torch.zeros(1, *shape)
     assert 2 * cost.macs(net, example) == flops(net, example)
+
+
+class Scaled(nn.Module):
+    """Weights that are no layer's: of two dimensions, or of one, however shaped."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.linear, self.weight = nn.Linear(4, 4), nn.Parameter(torch.ones(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.weight
+
+
+UNCOUNTED: dict[str, tuple[nn.Module, Tensor, int, str]] = {
+    "recurrent": (nn.LSTM(3, 4, batch_first=True), torch.zeros(2, 5, 3), 0, r"the network itself \(LSTM\)$"),
+    "attention": (
+        nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)),
+        torch.zeros(2, 5, 8),
+        5 * (8 * 8 + 8 * 16 + 16 * 8),
+        r"not counted: 1\.self_attn \(MultiheadAttention\)$",
+    ),
+    "weights of no layer": (
+        nn.Sequential(Scaled((4, 4)), Scaled((1, 4, 4))),
+        torch.zeros(2, 4, 4),
+        2 * 4 * 16,
+        r"not counted: 0 \(Scaled\), 1 \(Scaled\)$",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNCOUNTED)
+@pytest.mark.parametrize("count", [cost.macs, lambda net, x: cost.breakdown(net, x).macs.sum()])
+def test_matrices_that_are_not_counted_are_named_once(count: Callable[[nn.Module, Tensor], int], name: str) -> None:
+    net, example, macs, message = UNCOUNTED[name]
+    with pytest.warns(UserWarning, match=message) as caught:
+        assert count(net, example) == macs
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    ("layer", "example"),
+    [
+        (nn.Embedding(5, 3), torch.zeros(2, 5, dtype=torch.int64)),
+        (nn.LayerNorm([3, 4, 4]), torch.zeros(2, 3, 4, 4)),
+        (Scaled((1, 4, 1)), torch.zeros(2, 4, 4)),
+        (nn.Identity(), torch.zeros(2, 4)),
+    ],
+)
+def test_what_multiplies_by_no_matrix_is_not_warned_of(layer: nn.Module, example: Tensor) -> None:
+    """Warnings are errors here; neither does a layer that the pass leaves out call for one."""
+    layer.register_module("head", nn.LSTM(3, 3))
+    assert cost.macs(layer, example) == (4 * 16 if isinstance(layer, Scaled) else 0)
 
 
 def test_counting_leaves_the_network_alone() -> None:
@@ -152,7 +246,8 @@ def test_layer_that_returns_a_tuple_has_no_output_shape() -> None:
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
             return super().forward(x, x, x)
 
-    table = cost.breakdown(Attention(4, 2), torch.zeros(2, 3, 4)).set_index("name")
+    with pytest.warns(UserWarning, match=r"not counted: the network itself \(Attention\)"):
+        table = cost.breakdown(Attention(4, 2), torch.zeros(2, 3, 4)).set_index("name")
     assert table.loc["", "output"] is None
     assert table["parameters"].sum() == 4 * (3 * 4 + 4) + 4 * 4
 
