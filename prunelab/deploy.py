@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -20,7 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from tqdm.auto import tqdm
 
 from prunelab import cost, models
-from prunelab._checks import NETWORK, Legal, check, instance, integer, one_of
+from prunelab._checks import NETWORK, TENSOR, Legal, check, instance, integer, one_of, optional
 from prunelab._files import read_tensors, write_atomically
 from prunelab._modules import replace_module
 from prunelab.layers import ColumnConv2d
@@ -258,9 +259,8 @@ def export_onnx(net: nn.Module, example: Tensor, path: str | os.PathLike[str]) -
 
 
 def _to_onnx(net: nn.Module, example: Tensor) -> bytes:
-    tensors = [example, *net.parameters()]
-    if any(tensor.dtype != torch.float32 or tensor.device.type != "cpu" for tensor in tensors):
-        raise ValueError("ONNX Runtime computes in float32 on the CPU: give it net.float().cpu() and such an example")
+    if not _suits_onnx(net, example):
+        raise ValueError(_NOT_FOR_ONNX)
     batch = torch.export.Dim.DYNAMIC
     program = torch.onnx.export(
         _with_dense_kernels(net).eval(),
@@ -273,6 +273,14 @@ def _to_onnx(net: nn.Module, example: Tensor) -> bytes:
     )
     assert program is not None
     return program.model_proto.SerializeToString()
+
+
+_NOT_FOR_ONNX = "ONNX Runtime computes in float32 on the CPU: give it net.float().cpu() and such an example"
+
+
+def _suits_onnx(net: nn.Module, example: Tensor) -> bool:
+    tensors = [example, *net.parameters()]
+    return all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
 
 
 def _with_dense_kernels(net: nn.Module) -> nn.Module:
@@ -318,7 +326,7 @@ def report(
     *,
     batches: Sequence[int] = (1, 16),
     threads: int | None = None,
-    runtimes: Sequence[str] = ("torch", "onnxruntime"),
+    runtimes: Sequence[str] | None = None,
     repeats: int = 30,
     warmup: int = 5,
     progress: bool = True,
@@ -330,7 +338,8 @@ def report(
         example: an input [N, C, H, W] on the networks' device; batches repeat its first image in its memory format.
         batches: images per forward pass.
         threads: CPU threads; None: as many as PyTorch uses.
-        runtimes: names in `RUNTIMES`; "onnxruntime" runs on the CPU, and computes columns as `export_onnx` says.
+        runtimes: names in `RUNTIMES`; "onnxruntime" takes float32 on the CPU, and computes columns as `export_onnx`
+            says. None: all of them, but "torch" alone if a network or the example is on a GPU or not float32.
         repeats: timed passes of each network.
         warmup: passes of each before them.
         progress: show a bar.
@@ -340,16 +349,22 @@ def report(
         `milliseconds`, `low` and `high`, the `speedup` as a ratio of medians, and per network `macs`, `macs_reduction`,
         `parameters` and `bytes`.
 
+    Warns:
+        UserWarning: networks with fewer multiply-adds than the first are slower, outside of the noise: their `low` is
+            above its `high`.
+
     Raises:
-        ValueError: no network, a batch size below 1, an unknown runtime, or values that `cost.latency` refuses.
+        ValueError: no network, a batch size below 1, an unknown runtime, one that does not take the networks, or values
+            that `cost.latency` refuses.
     """
     check("nets", nets, instance(Mapping, "a mapping {label: network}"))
     check("batches", batches, Legal("a list of integers >= 1", lambda given: all(map(integer(1).accepts, given))))
-    check("runtimes", runtimes, instance(list | tuple, f"some of {', '.join(map(repr, RUNTIMES))}"))
     if not nets:
         raise ValueError("nets is empty: give at least one network, {label: network}")
-    if unknown := [name for name in runtimes if not one_of(RUNTIMES).accepts(name)]:
-        raise ValueError(f"unknown runtimes {unknown}: legal names are {', '.join(map(repr, RUNTIMES))}")
+    for label, net in nets.items():
+        check(f"nets[{label!r}]", net, NETWORK)
+    check("example", example, TENSOR)
+    runtimes = _suitable(runtimes, nets, example)
     first = next(iter(nets))
     sizes = {
         label: {"macs": cost.macs(net, example), "parameters": cost.parameters(net), "bytes": cost.size_bytes(net)}
@@ -369,4 +384,31 @@ def report(
                     row |= {"speedup": times[first].median / time.median, **sizes[label]}
                     rows.append(row | {"macs_reduction": sizes[first]["macs"] / sizes[label]["macs"]})
                 bar.update()
+    _warn_of_slower(first, rows)
     return pd.DataFrame(rows)
+
+
+def _suitable(runtimes: Sequence[str] | None, nets: Mapping[str, nn.Module], example: Tensor) -> Sequence[str]:
+    """Return the runtimes asked for, once they are known to take the networks, or all that do."""
+    check("runtimes", runtimes, optional(instance(list | tuple, f"some of {', '.join(map(repr, RUNTIMES))}")))
+    suit_onnx = all(_suits_onnx(net, example) for net in nets.values())
+    if runtimes is None:
+        return list(RUNTIMES) if suit_onnx else ["torch"]
+    if unknown := [name for name in runtimes if not one_of(RUNTIMES).accepts(name)]:
+        raise ValueError(f"unknown runtimes {unknown}: legal names are {', '.join(map(repr, RUNTIMES))}")
+    if "onnxruntime" in runtimes and not suit_onnx:
+        raise ValueError(_NOT_FOR_ONNX)
+    return runtimes
+
+
+def _warn_of_slower(first: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Name the networks that have fewer multiply-adds than the first and are slower, outside of the noise."""
+    highest = {(row["runtime"], row["batch"]): row["high"] for row in rows if row["net"] == first}
+    slower = [
+        f"{row['net']} has {row['macs_reduction']:.2f} times fewer multiply-adds than {first}, and is slower: "
+        f"{row['speedup']:.2f} times as fast ({row['runtime']}, batch {row['batch']})"
+        for row in rows
+        if row["macs_reduction"] > 1 and row["low"] > highest[row["runtime"], row["batch"]]
+    ]
+    if slower:
+        warnings.warn("; ".join(slower), stacklevel=3)  # the line that called `report`

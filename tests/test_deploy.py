@@ -387,6 +387,53 @@ def test_both_runtimes_are_timed() -> None:
     assert np.isfinite(table.speedup).all()
 
 
+def test_a_network_that_onnx_runtime_does_not_take_is_timed_by_torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    nets, one = {"double": nn.Sequential(conv(3, 4), nn.ReLU()).double()}, images(1, (3, 8, 8)).double()
+    options = {"batches": (1,), "repeats": 1, "warmup": 0, "progress": False}
+    assert deploy.report(nets, one, **options).runtime.tolist() == ["torch"]
+    monkeypatch.setattr(cost, "_seconds", lambda net, example: pytest.fail("timed before the refusal"))
+    with pytest.raises(ValueError, match="ONNX Runtime computes in float32 on the CPU"):
+        deploy.report(nets, one, runtimes=["torch", "onnxruntime"], **options)
+
+
+def test_a_network_on_a_gpu_is_timed_by_torch_alone() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    net = nn.Sequential(conv(3, 4), nn.ReLU()).cuda()
+    table = deploy.report({"net": net}, images(1, (3, 8, 8)).cuda(), batches=(1,), progress=False)
+    assert table[["runtime", "device"]].to_numpy().tolist() == [["torch", "cuda:0"]]
+
+
+def timed(monkeypatch: pytest.MonkeyPatch, seconds: dict[str, list[float]]) -> Callable[[], object]:
+    """Return a report on a network, its half and a copy of it, whose passes take so long."""
+    dense = models.build("convnet", width=0.25, seed=0)
+    nets = {"dense": dense, "half": halved(ChannelSpace, dense), "copy": models.build("convnet", width=0.25, seed=1)}
+    passes = {nets[label]: iter(2 * times) for label, times in seconds.items()}
+    monkeypatch.setattr(cost, "_seconds", lambda net, example: next(passes[net]))
+    options = {"batches": (1, 4), "runtimes": ("torch",), "repeats": 3, "warmup": 0, "progress": False}
+    return lambda: deploy.report(nets, EXAMPLE, **options)
+
+
+def test_fewer_multiply_adds_in_more_time_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quartiles of 1, 2 and 3 seconds are 1.5 and 2.5, of 3, 4 and 5 they are 3.5 and 4.5."""
+    report = timed(monkeypatch, {"dense": [1, 2, 3], "half": [3, 4, 5], "copy": [7, 7, 7]})
+    expected = (
+        r"half has 2\.\d\d times fewer multiply-adds than dense, and is slower: 0\.50 times as fast \(torch, batch "
+    )
+    with pytest.warns(UserWarning, match=rf"^{expected}1\); {expected}4\)$") as caught:
+        report()
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("half", [[2, 3, 4], [1, 2, 3], [1, 1, 1]], ids=["within the noise", "as fast", "faster"])
+def test_what_is_not_slower_outside_of_the_noise_is_not_named(
+    monkeypatch: pytest.MonkeyPatch, half: list[float]
+) -> None:
+    """Warnings are errors here: quartiles of 2, 3 and 4 seconds begin at 2.5, where those of the dense network end."""
+    timed(monkeypatch, {"dense": [1, 2, 3], "half": half, "copy": [7, 7, 7]})()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
