@@ -650,6 +650,38 @@ def test_network_without_anything_to_remove() -> None:
         ChannelSpace(nn.Sequential(nn.Conv2d(3, 4, 3)), torch.zeros(1, 3, 6, 6))
 
 
+def test_a_network_that_stays_whole_says_why() -> None:
+    """Three reasons at most, and none for what is only the network's output."""
+    norms = [nn.GroupNorm(1, 4) for _ in range(4)]
+    net = nn.Sequential(*[layer for norm in norms for layer in (conv(4, 4), norm)], conv(4, 4))
+    message = r"no channels that could be removed: GroupNorm at 1; GroupNorm at 3; GroupNorm at 5; …$"
+    with pytest.raises(ValueError, match=message):
+        ChannelSpace(net, torch.zeros(1, 4, 6, 6))
+    with pytest.raises(ValueError, match=r"no channels that could be removed: GroupNorm at 1$"):
+        ChannelSpace(net[:3], torch.zeros(1, 4, 6, 6))
+    with pytest.raises(ValueError, match=r"no channels that could be removed$"):
+        ChannelSpace(net[:1], torch.zeros(1, 4, 6, 6))
+
+
+@pytest.mark.parametrize(
+    ("case", "whole"),
+    [
+        ("layer norm keeps its channels", {"a": "LayerNorm at n"}),
+        ("softmax keeps its channels", {"b": "softmax"}),
+        ("one map gates all", {"gate": "one map for all channels"}),
+        (
+            "fixed sizes keep their channels",
+            {"a": "fixed sizes", "b": "fixed indices", "d": "fixed sizes; uneven split", "e": "amax over channels"},
+        ),
+        ("a constant per channel keeps the channels", {"b": "a constant per channel"}),
+        ("grouped", {}),
+    ],
+)
+def test_pins_say_where_they_come_from(case: str, whole: dict[str, str]) -> None:
+    net, x = tiny(case)
+    assert ChannelSpace(net, x).whole == whole
+
+
 def test_unknown_group_has_no_weights() -> None:
     space = ChannelSpace(models.build("convnet"), torch.zeros(1, 3, 32, 32))
     with pytest.raises(ValueError, match=r"unknown groups \['conv9'\]: this network has conv1, conv2, conv3"):

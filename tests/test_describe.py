@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prunelab import models, plots
-from prunelab.structure import ChannelSpace, ColumnSpace
+from prunelab.structure import Budget, ChannelSpace, ColumnSpace
 
 
 class Residual(nn.Module):
@@ -48,6 +48,28 @@ class Separable(nn.Module):
         return self.c(self.b(self.a(x)) * self.scale)
 
 
+class Normed(nn.Module):
+    """A block that one group norm keeps whole, beside two convolutions that can lose channels; 4x4 images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block = nn.Conv2d(3, 6, 1), NormedBranch()
+        self.last = nn.Conv2d(6, 5, 1)
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.last(self.block(self.stem(x))).mean((2, 3)))
+
+
+class NormedBranch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2, self.norm = nn.Conv2d(6, 7, 1), nn.Conv2d(7, 6, 1), nn.GroupNorm(1, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.conv2(self.conv1(x))) * x.mean(1, keepdim=True)
+
+
 def residual() -> ChannelSpace:
     return ChannelSpace(Residual(), torch.zeros(1, 3, 8, 8))
 
@@ -84,6 +106,41 @@ def test_a_depthwise_network() -> None:
         "tied_by": "depthwise convolution at b; mul",
         "macs_per_unit": 16 * (3 + 9 + 2),
     }
+
+
+def test_layers_that_stay_whole_say_what_pins_them() -> None:
+    """The sum ties the stem to what the group norm pins; the classifier, which only has to be complete, has no row."""
+    space = ChannelSpace(Normed(), torch.zeros(1, 3, 4, 4))
+    why = "pinned by GroupNorm at block.norm; mean over channels at block"
+    expected = pd.DataFrame(
+        {
+            "group": ["block.conv1", "last", "", ""],
+            "size": [7, 5, 6, 6],
+            "written_by": ["block.conv1", "last", "stem", "block.conv2"],
+            "through": "",
+            "read_by": ["block.conv2", "head", "", ""],
+            "tied_by": ["", "", why, why],
+            "macs_per_unit": [16 * (6 + 6), 16 * 6 + 2, 0, 0],
+        }
+    )
+    pd.testing.assert_frame_equal(space.describe(), expected)
+    found = space.describe(space.plan({"last": [0, 4]}))
+    pd.testing.assert_frame_equal(found[expected.columns], expected)
+    assert found[["kept", "removed"]].values.tolist() == [[7, 0], [2, 3], [6, 0], [6, 0]]
+    assert found.removed_units.tolist() == [[], [1, 2, 3], [], []]
+    ax = plots.coupling(space)
+    assert len(ax.get_xticks()) == len(space.groups)
+    plt.close(ax.figure)
+
+
+def test_an_unmet_budget_counts_what_stays_whole() -> None:
+    space = ChannelSpace(Normed(), torch.zeros(1, 3, 4, 4))
+    with pytest.raises(
+        ValueError, match=r"cannot be met: .* of the MACs \(all\); 2 layers stay whole, see describe\(\)$"
+    ):
+        space.plan_for(space.scores("l1"), Budget(0.01))
+    with pytest.raises(ValueError, match=r"cannot be met: .* of the MACs \(all\)$"):
+        residual().plan_for(residual().scores("l1"), Budget(0.01))
 
 
 def test_columns_have_no_neighbours() -> None:

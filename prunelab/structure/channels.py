@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from prunelab._arrays import Bools, Ints
 from prunelab._checks import check, integer
-from prunelab.structure.graph import Axis, Coupling, couple
+from prunelab.structure.graph import Axis, Coupling, Pin, Tie, couple
 from prunelab.structure.plan import Plan
 from prunelab.structure.space import Cost, Group, Space
 
@@ -135,18 +136,40 @@ class ChannelSpace(Space):
             column: [", ".join(p.layer for p in places if p.role == role and p.channels[g]) for g in groups]
             for column, role in (("written_by", "writes"), ("through", "through"), ("read_by", "reads"))
         }
-        tied: list[dict[str, dict[str, None]]] = [defaultdict(dict) for _ in groups]  # operation -> modules, in order
+        tied: list[list[Tie]] = [[] for _ in groups]
         for tie in self.coupling.ties:
             for group in np.unique(self._group_of[tie.first[tie.first >= 0]]):
-                tied[group][tie.why][tie.where] = None
-        return columns | {
-            "tied_by": [
-                "; ".join(
-                    f"{why} at {', '.join(filter(None, where))}".removesuffix(" at ") for why, where in by.items()
-                )
-                for by in tied
-            ]
+                tied[group].append(tie)
+        return columns | {"tied_by": [_in_words(ties) for ties in tied]}
+
+    @cached_property
+    def whole(self) -> dict[str, str]:
+        """Layers that can lose no filter, and what pins some of these; the network's output goes without saying."""
+        return {layer: _in_words(pins) for layer, pins in self.coupling.whole.items()}
+
+    def describe(self, plan: Plan | None = None) -> pd.DataFrame:
+        """Return one row per group, as `Space.describe` does, and below one per layer of `whole`.
+
+        The latter have no group and no MACs per unit; tied_by says what they are pinned by.
+        """
+        groups = super().describe(plan)
+        if not self.whole:
+            return groups
+        writes = {axis.module: len(axis.units) for axis in self.coupling.axes if axis.role == "out"}
+        sizes = [writes[layer] for layer in self.whole]
+        table: dict[str, object] = {
+            "group": "",
+            "size": sizes,
+            "written_by": [*self.whole],
+            "through": "",
+            "read_by": "",
+            "tied_by": [f"pinned by {why}" for why in self.whole.values()],
+            "macs_per_unit": 0,
+            "kept": sizes,
+            "removed": 0,
+            "removed_units": [[] for _ in sizes],
         }
+        return pd.concat([groups, pd.DataFrame(table)[groups.columns]], ignore_index=True)
 
     def shrink(self, plan: Plan) -> nn.Module:
         """Return a smaller network of the same classes: every tensor cut along its axes, every width attribute set.
@@ -183,6 +206,14 @@ class ChannelSpace(Space):
         """Return the tensor that an axis is one dimension of."""
         tensor: Tensor = getattr(self.net.get_submodule(axis.module), axis.tensor)
         return tensor
+
+
+def _in_words(causes: Iterable[Tie | Pin]) -> str:
+    """Name operations, each with the modules that it is in."""
+    found: dict[str, dict[str, None]] = defaultdict(dict)  # operation -> modules, in order
+    for cause in causes:
+        found[cause.why][cause.where] = None
+    return "; ".join(f"{why} at {', '.join(filter(None, at))}".removesuffix(" at ") for why, at in found.items())
 
 
 def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:

@@ -4,7 +4,8 @@ Every output channel of every layer gets an id. The ids are carried along the tr
 (the run is on the meta device: no arithmetic). Where an operation forces two channels to share their fate, their ids
 are **tied**: an addition ties channel i to channel i, a grouped convolution ties all that its group reads and writes (a
 depthwise convolution is the case of one channel per group), a channel split ties position i of each part. Where
-channels cannot be removed (the network's input and output, a layer norm's statistics), their ids are **pinned**.
+channels cannot be removed (the network's input and output, a layer norm's statistics), their ids are **pinned**. Both
+remember which operation it was.
 
 What is left is bookkeeping: ids that are tied together are one **unit**, and units that appear in exactly the same
 places are one **group**. So a group is homogeneous: each of its units costs the same and can be ranked against the
@@ -94,6 +95,15 @@ class Tie:
 
 
 @dataclass(frozen=True)
+class Pin:
+    """Channels that the operation `why` in the module `where` cannot do without, by their ids."""
+
+    why: str
+    where: str
+    ids: Ints
+
+
+@dataclass(frozen=True)
 class Channels:
     """What is known of a traced tensor: the id of every position along its channel dimension `dim`."""
 
@@ -117,6 +127,7 @@ class Coupling:
     counts: list[Count]
     products: list[Product]
     ties: list[Tie]
+    whole: dict[str, list[Pin]]  # layer that can lose no filter -> what pins them, but for the network's output
     norms: dict[str, str]  # layer -> the batch norm that alone reads its output
 
 
@@ -161,7 +172,8 @@ class _Found:
     """The ids and ties gathered while the graph runs."""
 
     ids: int = 0
-    pinned: list[Ints] = field(default_factory=list)
+    ends: list[Ints] = field(default_factory=list)  # the network's input and output
+    pins: list[Pin] = field(default_factory=list)
     ties: list[Tie] = field(default_factory=list)
     axes: dict[tuple[int, int], Axis] = field(default_factory=dict)  # by the identity of the tensor, and dimension
     counts: dict[tuple[str, str], Count] = field(default_factory=dict)
@@ -193,7 +205,7 @@ class Labeller(fx.Interpreter):
         evaluation = self.found
         self.found = replace(evaluation, products=[], norms={})
         self.evaluate(graph)
-        self.pin(np.arange(evaluation.ids, self.found.ids))
+        self.pin("only training", np.arange(evaluation.ids, self.found.ids))
         self.found = replace(self.found, products=evaluation.products, norms=evaluation.norms)
 
     # -- what the handlers below use -------------------------------------------------------------------------------
@@ -207,9 +219,9 @@ class Labeller(fx.Interpreter):
         """Let first[i] and second[i] share their fate."""
         self.found.ties.append(Tie(why, self.where()[0], first, second))
 
-    def pin(self, ids: Ints) -> None:
+    def pin(self, why: str, ids: Ints) -> None:
         """Never remove these."""
-        self.found.pinned.append(ids)
+        self.found.pins.append(Pin(why, self.where()[0], ids))
 
     def axis(self, module: str, tensor: str, dim: int, role: Role, ids: Ints) -> None:
         """Say whose channels lie along a tensor's dimension; a second use of the same tensor ties the two."""
@@ -292,13 +304,12 @@ class Labeller(fx.Interpreter):
 
     def _channels_of(self, n: fx.Node, value: Any) -> Any:
         if n.op == "placeholder":
-            self.pin(self.image)
+            self.found.ends.append(self.image)
             return Channels(self.image, 1)
         if n.op == "get_attr":
             return self._parameter(str(n.target), value)
         if n.op == "output":
-            for source in n.all_input_nodes:
-                self._pin_all(source)
+            self.found.ends.extend(ids for source in n.all_input_nodes for ids in self._ids_of(source))
             return None
         if n.op == "call_module":
             module = self.submodules[str(n.target)]
@@ -328,16 +339,15 @@ class Labeller(fx.Interpreter):
         known = self.found.axes.get((id(self.fetch_attr(name)), long[0]))
         ids = known.units if known else self.fresh(value.shape[long[0]])
         if len(long) > 1:
-            self.pin(ids)
+            self.pin("a parameter with several dimensions", ids)
         else:
             self.axis(module, tensor, long[0], "channel", ids)
         return Channels(ids, long[0])
 
-    def _pin_all(self, node: fx.Node) -> None:
+    def _ids_of(self, node: fx.Node) -> list[Ints]:
         found = self.channels.get(node)
-        for channels in found if isinstance(found, tuple) else (found,):
-            if channels is not None:
-                self.pin(channels.ids)
+        parts = found if isinstance(found, tuple) else (found,)
+        return [channels.ids for channels in parts if channels is not None]
 
 
 # -- from ids to groups ------------------------------------------------------------------------------------------------
@@ -349,7 +359,7 @@ def _grouped(found: _Found) -> Coupling:
     axes = _distinct(found.axes.values())
     kind, writer = _places(axes, unit_of)
     free = writer >= 0
-    free[unit_of[np.concatenate(found.pinned)]] = False
+    free[unit_of[np.concatenate([*found.ends, *(pin.ids for pin in found.pins)])]] = False
     order, group = _ordered(unit_of, free, kind)
     leaders = order[np.unique(group, return_index=True)[1]]
 
@@ -373,8 +383,18 @@ def _grouped(found: _Found) -> Coupling:
             for p in found.products
         ],
         ties=[replace(t, first=numbered(t.first), second=numbered(t.second)) for t in found.ties],
+        whole=_whole(found, unit_of, free),
         norms=found.norms,
     )
+
+
+def _whole(found: _Found, unit_of: Ints, free: Bools) -> dict[str, list[Pin]]:
+    """Return the layers that can lose no filter, and what pins any of those."""
+    pinned = [(pin, unit_of[pin.ids]) for pin in found.pins]
+    layers = {a.module: unit_of[a.units] for a in found.axes.values() if a.role == "out"}
+    whole = {name: units for name, units in layers.items() if not free[units].any()}
+    causes = {name: [pin for pin, kept in pinned if np.isin(kept, units).any()] for name, units in whole.items()}
+    return {name: pins for name, pins in causes.items() if pins}
 
 
 def _merged(found: _Found) -> Ints:
@@ -482,7 +502,9 @@ def _batch_norm(run: Labeller, n: fx.Node, norm: nn.Module, value: Tensor) -> Ch
 
 def _across_channels(run: Labeller, n: fx.Node, module: nn.Module, value: Tensor) -> Channels:
     """A module whose output at one channel depends on the others: none of them can go."""
-    return _pin_source(run, n, value)
+    channels = run.source(n)
+    run.pin(type(module).__name__, channels.ids)
+    return channels
 
 
 def _same(run: Labeller, n: fx.Node, module: nn.Module, value: Tensor) -> Channels:
@@ -500,7 +522,7 @@ def _shape_module(run: Labeller, n: fx.Node, module: nn.Module, value: Tensor) -
 
 
 def _unflatten(run: Labeller, n: fx.Node, module: nn.Module, value: Tensor) -> Channels:
-    run.pin(run.source(n).ids)  # its sizes are written into the module
+    run.pin("fixed sizes", run.source(n).ids)  # which are written into the module
     return _shape_module(run, n, module, value)
 
 
@@ -518,7 +540,7 @@ def _zero_pad(run: Labeller, n: fx.Node, pad: nn.Module, value: Tensor) -> Chann
 
 
 def _selection(run: Labeller, n: fx.Node, selection: nn.Module, value: Tensor) -> Channels:
-    run.pin(run.source(n, 1).ids)  # what passes is given by its place in the whole stream
+    run.pin("channel selection", run.source(n, 1).ids)  # what passes is given by its place in the whole stream
     passed = run.written(selection, "kept", value.shape[1])
     run.axis(str(n.target), "kept", 0, "out", passed)
     return Channels(passed, 1)
@@ -568,14 +590,14 @@ def _elementwise(run: Labeller, n: fx.Node, value: Tensor) -> Channels:
             if ids is not widest:
                 run.tie(operation(n), widest, ids)
         elif len(ids) == 1:
-            run.pin(ids)  # one map that gates or shifts all channels
+            run.pin("one map for all channels", ids)  # which gates or shifts them
         else:
             raise run.refuse(f"{operation(n)!r} mixes channels of different dimensions")
     for channels, other in operands:
         if channels is None and isinstance(other, int | float):
             raise run.refuse(f"{operation(n)!r} computes with the size of a tensor")
         if channels is None and isinstance(other, Tensor) and other.dim() >= -dim and other.shape[dim] > 1:
-            run.pin(widest)  # a constant with one value per channel
+            run.pin("a constant per channel", widest)
     return Channels(widest, value.dim() + dim)
 
 
@@ -597,14 +619,14 @@ def _reduce(run: Labeller, n: fx.Node, value: Tensor) -> Channels | None:
     given: Any = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim")
     reduced = {d % rank for d in (range(rank) if given is None else (given,) if isinstance(given, int) else given)}
     if source.dim in reduced:
-        run.pin(source.ids)
+        run.pin(f"{operation(n)} over channels", source.ids)
         return None
     return Channels(source.ids, source.dim - (value.dim() < rank) * sum(d < source.dim for d in reduced))
 
 
 def _pin_source(run: Labeller, n: fx.Node, value: Tensor) -> Channels:
     channels = run.source(n)
-    run.pin(channels.ids)
+    run.pin(operation(n), channels.ids)
     return channels
 
 
@@ -629,14 +651,14 @@ def _fixed_size(run: Labeller, n: fx.Node, value: Any) -> Any:
     sizes: Any = n.args[1:] or tuple(n.kwargs.values())
     sizes = sizes[0] if sizes and isinstance(sizes[0], tuple | list) else sizes
     if isinstance(sizes[channels.dim], int) and sizes[channels.dim] != -1:
-        run.pin(channels.ids)
+        run.pin("fixed sizes", channels.ids)
     return channels
 
 
 def _fixed_sections(run: Labeller, n: fx.Node, value: Any) -> Any:
     """A split or unflatten, whose arguments are numbers of channels."""
     if not any(isinstance(run.env[a], int) for a in n.all_input_nodes[1:]):
-        run.pin(run.source(n).ids)
+        run.pin("fixed sizes", run.source(n).ids)
     return _shape_function(run, n, value)
 
 
@@ -658,14 +680,14 @@ def _reshaped(run: Labeller, n: fx.Node, call: Callable[..., Any]) -> Channels |
     if isinstance(result, tuple | list):
         sections = tuple(_read_off(run, section) for section in result)
         if len({len(section.ids) for section in sections}) > 1:
-            run.pin(source.ids)
+            run.pin("uneven split", source.ids)
         else:
             for section in sections[1:]:
                 run.tie("channel split", sections[0].ids, section.ids)
         return sections
     channels = _read_off(run, result, alone=_place_of_one(run, n, call) if len(source.ids) == 1 else 1)
     if n.target is operator.getitem and not np.array_equal(channels.ids, source.ids):
-        run.pin(source.ids)  # channels picked by fixed indices
+        run.pin("fixed indices", source.ids)  # by which channels are picked
     return channels
 
 

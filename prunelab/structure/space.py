@@ -165,7 +165,9 @@ class Space(ABC):
 
     def __init__(self, net: nn.Module, groups: Sequence[Group], cost: Cost) -> None:
         if not groups:
-            raise ValueError(f"{type(net).__name__} has no {self.kind} that could be removed")
+            reasons = [*dict.fromkeys(self.whole.values())]
+            why = f": {'; '.join(reasons[:3])}{'; …' * (len(reasons) > 3)}" if reasons else ""
+            raise ValueError(f"{type(net).__name__} has no {self.kind} that could be removed{why}")
         self.net = net
         self.groups = tuple(groups)
         self.cost = cost
@@ -196,6 +198,11 @@ class Space(ABC):
     @abstractmethod
     def cut(self, plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Cut tensors that have the names and shapes of the network's parameters as `shrink` cuts the parameters."""
+
+    @property
+    def whole(self) -> dict[str, str]:
+        """Layers that can lose nothing of what they write, and what pins it."""
+        return {}
 
     # -- scores, budgets and plans ----------------------------------------------------------------------------------
 
@@ -482,9 +489,10 @@ class Space(ABC):
 
         spent = self.spent(budget, scores)
         if (least := spent(widths(len(left)))) > budget.fraction:
+            whole = f"; {len(self.whole)} layers stay whole, see describe()" if self.whole else ""
             raise ValueError(
                 f"budget {budget.cost}={budget.fraction} cannot be met: the smallest legal plan, with "
-                f"every unit of infinite score, keeps {least:.4f} of the {budget.what}"
+                f"every unit of infinite score, keeps {least:.4f} of the {budget.what}{whole}"
             )
         count = bisect_left(range(len(left)), True, key=lambda count: spent(widths(count)) <= budget.fraction)
         found = widths(count)
