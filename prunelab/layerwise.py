@@ -345,7 +345,9 @@ def readers_of(space: ChannelSpace, group: str) -> list[Product]:
 
 def _layer(net: nn.Module, name: str) -> nn.Conv2d | nn.Linear:
     layer = net.get_submodule(name)
-    assert isinstance(layer, nn.Conv2d | nn.Linear)
+    if not isinstance(layer, nn.Conv2d | nn.Linear):
+        kind = type(layer).__name__
+        raise ValueError(f"layer {name!r} is a {kind}: only Conv2d and Linear layers can be given new weights")
     return layer
 
 

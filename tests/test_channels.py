@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -41,7 +42,7 @@ def randomise(net: nn.Module, seed: int = 0) -> nn.Module:
     net = net.double()
     with torch.no_grad():
         for module in net.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if getattr(module, "running_mean", None) is not None:
                 draw(module.running_mean, -0.5, 0.5)
                 draw(module.running_var, 0.5, 2.0)
                 draw(module.weight, 0.5, 1.5)
@@ -610,7 +611,10 @@ def test_forward_that_depends_on_values_names_the_module() -> None:
     [
         (lambda s, x: s.b(s.a(x).roll(1, 1)), "operation 'roll'"),
         (lambda s, x: s.b(torch.matmul(s.a(x), s.a(x))), "operation 'matmul'"),
-        (lambda s, x: s.b(s.extra(s.a(x))), "module 'extra' of type PReLU"),
+        (lambda s, x: s.b(s.extra(s.a(x))), "module 'extra' of type PixelShuffle"),
+        (lambda s, x: s.b(s.a(x).log()), "operation 'log'"),  # of a channel at zero
+        (lambda s, x: s.b(nn.functional.pad(s.a(x), (1, 1, 0, 0, 2, 0))), "'pad' adds channels"),
+        (lambda s, x: s.up(s.a(x)), "'up' has 2 groups and writes 6 channels: .* as many as it reads, 4"),
         (lambda s, x: s.b(s.a(x) * s.a(x).size(1)), "'mul' computes with the size of a tensor"),
         (
             lambda s, x: s.b(s.four(s.a(x)) + s.four(s.a(x)).transpose(1, 2)),
@@ -622,7 +626,8 @@ def test_forward_that_depends_on_values_names_the_module() -> None:
     ],
 )
 def test_unknown_operations_are_named(forward: Callable[[Net, Tensor], Tensor], named: str) -> None:
-    assert named in refused(forward, extra=nn.PReLU(4), pool=nn.AvgPool2d(1), four=nn.AdaptiveAvgPool2d(4))
+    layers = {"pool": nn.AvgPool2d(1), "four": nn.AdaptiveAvgPool2d(4), "up": nn.ConvTranspose2d(4, 6, 2, groups=2)}
+    assert re.search(named, refused(forward, extra=nn.PixelShuffle(2), **layers))
 
 
 def test_computed_weights_are_refused() -> None:

@@ -285,7 +285,7 @@ class Supernet(nn.Module):
         super().__init__()
         self.net = space.net
         readers = {
-            id(space.net.get_parameter(axis.name)): torch.from_numpy(axis.units)
+            id(parameter := space.net.get_parameter(axis.name)): axis.along(parameter.dim())
             for axis in space.coupling.axes
             if axis.role == "in" and (axis.units >= 0).any()
         }
@@ -303,8 +303,7 @@ class Supernet(nn.Module):
         weights = {}
         for name, units in self.readers.items():
             weight = self.net.get_parameter(name)
-            scale = open_ended(gates)[units].view(-1, *[1] * (weight.dim() - 2))
-            weights[name] = weight * scale.to(weight)
+            weights[name] = weight * open_ended(gates)[units].to(weight)
         with mixed_precision(images.device):
             logits: Tensor = functional_call(self.net, weights, (images,), tie_weights=False)
         return logits.float()

@@ -140,7 +140,10 @@ class HRank:
 
 def _convolves(space: ChannelSpace, group: str) -> bool:
     """Whether a convolution writes the group."""
-    return any(isinstance(space.net.get_submodule(axis.module), nn.Conv2d) for axis in space.writers(group))
+    return any(
+        isinstance(space.net.get_submodule(axis.module), nn.Conv2d | nn.ConvTranspose2d)
+        for axis in space.writers(group)
+    )
 
 
 def removed(filters: int, rate: float) -> int:

@@ -184,21 +184,29 @@ def root_of_size(weights: int) -> float:
     return math.sqrt(weights / REFERENCE)
 
 
+_CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
+
+
 def penalised(
     space: Space, structures: Sequence[str], multipliers: Mapping[str, Mapping[str, float]] | str | None = None
 ) -> list[Term]:
     """List what is penalised of the space's own network: the structures of kernels that its units own.
 
     Raises:
-        ValueError: a multiplier for a layer that has no such structure; those that have one are named.
+        ValueError: a multiplier for a layer that has no such structure; those that have one are named. Or a transposed
+            convolution, whose kernel has its filters in another dimension.
     """
-    names = {id(module.weight): name for name, module in space.net.named_modules() if isinstance(module, nn.Conv2d)}
+    names = {id(layer.weight): n for n, layer in space.net.named_modules() if isinstance(layer, _CONVOLUTIONS)}
     found: list[Term] = []
     for structure in structures:
         own = multipliers.get(structure, {}) if isinstance(multipliers, Mapping) else {}
         layers = []
         for kernel, units in _kernels(space, structure):
             layers.append(names[id(kernel)])
+            if isinstance(space.net.get_submodule(layers[-1]), nn.ConvTranspose2d):
+                raise ValueError(
+                    f"ssl: {layers[-1]!r} is a ConvTranspose2d: only the filters of Conv2d can be penalised"
+                )
             given = own.get(layers[-1], 1.0)
             multiplier = root_of_size(kernel.numel() // units.numel()) if multipliers == "sqrt" else given
             found.append(Term(kernel, structure, multiplier, units))

@@ -84,7 +84,7 @@ class ChannelSpace(Space):
         units = self.units(group)
         rows = np.flatnonzero((axis.units >= units.start) & (axis.units < units.stop))
         rows = rows[np.argsort(axis.units[rows], kind="stable")]
-        weight = self.net.get_submodule(axis.module).get_parameter(axis.tensor).detach()
+        weight = self.net.get_submodule(axis.module).get_parameter(axis.tensor).detach().transpose(0, axis.dim)
         if not np.array_equal(rows, np.arange(len(weight))):  # else the weights themselves, which may be large
             weight = weight[torch.from_numpy(rows)]
         return weight.reshape(len(units), -1)

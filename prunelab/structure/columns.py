@@ -18,7 +18,7 @@ from prunelab.structure.tracing import UntraceableError
 
 
 class ColumnSpace(Space):
-    """The columns of every ungrouped convolution; a group per convolution, named after it.
+    """The columns of every ungrouped convolution that is not transposed; a group per convolution, named after it.
 
     Column j = (c·kh + dy)·kw + dx. Removing columns leaves every tensor between the layers as it is, so convolutions
     are independent of each other and residual networks need no care.

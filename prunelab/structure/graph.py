@@ -28,6 +28,7 @@ import torch
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from prunelab._arrays import Bools, Ints
 from prunelab._checks import NETWORK, TENSOR, check
@@ -237,9 +238,13 @@ class Labeller(fx.Interpreter):
         if known.units is not ids and not np.array_equal(known.units, ids):
             self.tie("shared weights", known.units, ids)
 
-    def written(self, module: nn.Module, tensor: str, count: int) -> Ints:
+    def tie_rows(self, why: str, rows: Ints) -> None:
+        """Let all of each row share their fate, [rows, ids]."""
+        self.tie(why, rows[:, :-1].ravel(), rows[:, 1:].ravel())
+
+    def written(self, module: nn.Module, tensor: str, count: int, dim: int = 0) -> Ints:
         """Return the ids of the channels that a layer writes: new ones the first time it is called."""
-        known = self.found.axes.get((id(getattr(module, tensor)), 0))
+        known = self.found.axes.get((id(getattr(module, tensor)), dim))
         return known.units if known else self.fresh(count)
 
     def count(self, module: str, attribute: str, ids: Ints, per: int = 1) -> Ints:
@@ -453,21 +458,39 @@ def _told_apart(layers: Iterable[str]) -> Iterator[str]:
 
 def _conv(run: Labeller, n: fx.Node, conv: nn.Module, value: Tensor) -> Channels:
     assert isinstance(conv, nn.Conv2d)
-    name, read = str(n.target), run.source(n, -3).ids
-    written = run.written(conv, "weight", conv.out_channels)
-    positions = math.prod(value.shape[-2:]) * math.prod(conv.kernel_size)
+    return _convolution(run, n, conv, value, filters=0)
+
+
+def _transposed_conv(run: Labeller, n: fx.Node, conv: nn.Module, value: Tensor) -> Channels:
+    """A convolution that spreads every input position over a window of outputs; its kernel is [in, out/groups, ...]."""
+    assert isinstance(conv, nn.ConvTranspose2d)
+    if conv.groups > 1 and conv.in_channels != conv.out_channels:
+        raise run.refuse(
+            f"module {n.target!r} has {conv.groups} groups and writes {conv.out_channels} channels: a grouped "
+            f"{type(conv).__name__} must write as many as it reads, {conv.in_channels}"
+        )
+    # A group writes as many channels as it reads, and goes with these: then the first dimension follows both.
+    return _convolution(run, n, conv, run.env[n.all_input_nodes[0]], filters=0 if conv.groups > 1 else 1)
+
+
+def _convolution(
+    run: Labeller, n: fx.Node, conv: nn.Conv2d | nn.ConvTranspose2d, moved: Tensor, filters: int
+) -> Channels:
+    """Connect what a convolution reads and writes; the window moves over `moved`, filters lie along a dimension."""
+    name, source = str(n.target), run.source(n, -3)
+    read, written = source.ids, run.written(conv, "weight", conv.out_channels, filters)
+    positions = math.prod(moved.shape[-2:]) * math.prod(conv.kernel_size)
     if conv.groups == 1:
-        run.axis(name, "weight", 1, "in", read)
+        run.axis(name, "weight", 1 - filters, "in", read)
         run.found.products.append(Product(name, "conv", positions, read, written))
     else:
         reads, writes = read.reshape(conv.groups, -1), written.reshape(conv.groups, -1)
-        together = np.concatenate([reads, writes], axis=1)
         why = "depthwise convolution" if reads.shape[1] == 1 else "grouped convolution"
-        run.tie(why, together[:, :-1].ravel(), together[:, 1:].ravel())
+        run.tie_rows(why, np.concatenate([reads, writes], axis=1))
         run.count(name, "groups", written, per=writes.shape[1])
         run.found.products.append(Product(name, "conv", positions * reads.shape[1], None, written))
     run.count(name, "in_channels", read)
-    return _written(run, name, conv, "out_channels", Channels(written, value.dim() - 3))
+    return _written(run, name, conv, "out_channels", Channels(written, source.dim), filters)
 
 
 def _linear(run: Labeller, n: fx.Node, linear: nn.Module, value: Tensor) -> Channels:
@@ -480,23 +503,63 @@ def _linear(run: Labeller, n: fx.Node, linear: nn.Module, value: Tensor) -> Chan
     return _written(run, name, linear, "out_features", Channels(written, value.dim() - 1))
 
 
-def _written(run: Labeller, name: str, layer: nn.Module, attribute: str, channels: Channels) -> Channels:
-    run.axis(name, "weight", 0, "out", channels.ids)
+def _written(
+    run: Labeller, name: str, layer: nn.Module, attribute: str, channels: Channels, filters: int = 0
+) -> Channels:
+    run.axis(name, "weight", filters, "out", channels.ids)
     run.count(name, attribute, channels.ids)
     if layer.bias is not None:
         run.axis(name, "bias", 0, "channel", channels.ids)
     return channels
 
 
-def _batch_norm(run: Labeller, n: fx.Node, norm: nn.Module, value: Tensor) -> Channels:
+def _per_channel(run: Labeller, n: fx.Node, module: nn.Module, *tensors: str) -> Channels:
+    """A module that has one number per channel in each of its tensors, and keeps the channels apart."""
     channels = run.source(n, 1)
-    for tensor in ("weight", "bias", "running_mean", "running_var"):
-        if getattr(norm, tensor) is not None:
+    for tensor in tensors:
+        if getattr(module, tensor) is not None:
             run.axis(str(n.target), tensor, 0, "channel", channels.ids)
+    return channels
+
+
+def _frozen_norm(run: Labeller, n: fx.Node, norm: nn.Module, value: Tensor) -> Channels:
+    return _per_channel(run, n, norm, "weight", "bias", "running_mean", "running_var")
+
+
+def _instance_norm(run: Labeller, n: fx.Node, norm: nn.Module, value: Tensor) -> Channels:
+    channels = _frozen_norm(run, n, norm, value)
     run.count(str(n.target), "num_features", channels.ids)
+    return channels
+
+
+def _batch_norm(run: Labeller, n: fx.Node, norm: nn.Module, value: Tensor) -> Channels:
     source = n.all_input_nodes[0]
     if source.op == "call_module" and len(source.users) == 1:
         run.found.norms[str(source.target)] = str(n.target)
+    return _instance_norm(run, n, norm, value)
+
+
+def _group_norm(run: Labeller, n: fx.Node, norm: nn.Module, value: Tensor) -> Channels:
+    """The channels of a group share their statistics: they go together, or not at all if they are all channels."""
+    assert isinstance(norm, nn.GroupNorm)
+    if norm.num_groups == 1:
+        return _across_channels(run, n, norm, value)
+    name, channels = str(n.target), _per_channel(run, n, norm, "weight", "bias")
+    rows = channels.ids.reshape(norm.num_groups, -1)
+    run.tie_rows("group norm", rows)
+    run.count(name, "num_channels", channels.ids)
+    first = run.count(name, "num_groups", channels.ids, per=rows.shape[1])
+    if not np.array_equal(first, channels.ids):
+        run.tie("shared norm", first.reshape(norm.num_groups, -1)[:, 0], rows[:, 0])
+    return channels
+
+
+def _prelu(run: Labeller, n: fx.Node, prelu: nn.Module, value: Tensor) -> Channels:
+    assert isinstance(prelu, nn.PReLU)
+    if prelu.num_parameters == 1:  # for all channels
+        return run.source(n)
+    channels = _per_channel(run, n, prelu, "weight")
+    run.count(str(n.target), "num_parameters", channels.ids)
     return channels
 
 
@@ -527,9 +590,7 @@ def _unflatten(run: Labeller, n: fx.Node, module: nn.Module, value: Tensor) -> C
 
 
 def _add_constant(run: Labeller, n: fx.Node, module: nn.Module, value: Tensor) -> Channels:
-    channels = run.source(n, 1)
-    run.axis(str(n.target), "value", 0, "channel", channels.ids)
-    return channels
+    return _per_channel(run, n, module, "value")
 
 
 def _zero_pad(run: Labeller, n: fx.Node, pad: nn.Module, value: Tensor) -> Channels:
@@ -548,15 +609,21 @@ def _selection(run: Labeller, n: fx.Node, selection: nn.Module, value: Tensor) -
 
 _ELEMENTWISE_MODULES = (
     nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid,
-    nn.Tanh, nn.Softplus, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Dropout, nn.Dropout2d,
+    nn.Tanh, nn.Softplus, nn.Softsign, nn.LogSigmoid, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Dropout,
+    nn.Dropout2d,
 )  # fmt: skip
-_ACROSS_CHANNELS = (nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.Softmax, nn.LogSoftmax)
-_SAME_SHAPE = (nn.modules.batchnorm._BatchNorm, *_ELEMENTWISE_MODULES, *_ACROSS_CHANNELS)
+_ACROSS_CHANNELS = (nn.LayerNorm, nn.LocalResponseNorm, nn.Softmax, nn.LogSoftmax)
+_SAME_SHAPE = (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d, *_ELEMENTWISE_MODULES, *_ACROSS_CHANNELS)
 
 _MODULES: dict[type[nn.Module], Callable[[Labeller, fx.Node, nn.Module, Any], Channels]] = {
     nn.Conv2d: _conv,
+    nn.ConvTranspose2d: _transposed_conv,
     nn.Linear: _linear,
     nn.modules.batchnorm._BatchNorm: _batch_norm,
+    FrozenBatchNorm2d: _frozen_norm,
+    nn.modules.instancenorm._InstanceNorm: _instance_norm,
+    nn.GroupNorm: _group_norm,
+    nn.PReLU: _prelu,
     ZeroPadChannels: _zero_pad,
     ChannelSelection: _selection,
     AddConstant: _add_constant,
@@ -566,8 +633,8 @@ _MODULES: dict[type[nn.Module], Callable[[Labeller, fx.Node, nn.Module, Any], Ch
     **dict.fromkeys(_ELEMENTWISE_MODULES, _same),
     **dict.fromkeys(
         (
-            nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.LPPool2d, nn.ZeroPad2d,
-            nn.ReflectionPad2d, nn.ReplicationPad2d, nn.Upsample,
+            nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.LPPool2d, nn.ConstantPad2d,
+            nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d, nn.Upsample,
         ),
         _over_space,
     ),
@@ -614,10 +681,11 @@ def _concatenate(run: Labeller, n: fx.Node, value: Tensor) -> Channels:
 
 
 def _reduce(run: Labeller, n: fx.Node, value: Tensor) -> Channels | None:
-    """A mean or maximum over dimensions: free over space, pinned over channels."""
+    """A mean, maximum or deviation over the named dimensions or all: free over space, pinned over channels."""
     source, rank = run.source(n), run.env[n.all_input_nodes[0]].dim()
     given: Any = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim")
-    reduced = {d % rank for d in (range(rank) if given is None else (given,) if isinstance(given, int) else given)}
+    named = (given,) if type(given) is int else given if isinstance(given, tuple | list) else ()
+    reduced = {d % rank for d in named or range(rank)}
     if source.dim in reduced:
         run.pin(f"{operation(n)} over channels", source.ids)
         return None
@@ -632,6 +700,16 @@ def _pin_source(run: Labeller, n: fx.Node, value: Tensor) -> Channels:
 
 def _pool(run: Labeller, n: fx.Node, value: Tensor) -> Channels:
     return run.source(n, -3)
+
+
+def _pad(run: Labeller, n: fx.Node, value: Tensor) -> Channels:
+    """Padding over space; what it is filled with does not matter, as nothing reads a removed channel."""
+    source: Channels = run.source(n)
+    widths: Any = n.args[1] if len(n.args) > 1 else n.kwargs["pad"]  # two for each dimension, the last one first
+    place = 2 * (value.dim() - 1 - source.dim)
+    if any(width != 0 for width in widths[place : place + 2]):
+        raise run.refuse("'pad' adds channels, which prunelab.layers.ZeroPadChannels can do")
+    return source
 
 
 def _shape_function(run: Labeller, n: fx.Node, value: Any) -> Any:
@@ -734,18 +812,21 @@ _FUNCTIONS: dict[str, Callable[[Labeller, fx.Node, Any], Any]] = {
     **dict.fromkeys(
         (
             "add", "sub", "mul", "div", "truediv", "neg", "abs", "exp", "sqrt", "rsqrt", "square", "pow", "clamp",
-            "relu", "relu6", "leaky_relu", "elu", "gelu",
-            "silu", "mish", "sigmoid", "tanh", "softplus", "hardswish", "hardsigmoid", "hardtanh", "dropout",
+            "expm1", "log1p", "erf", "gt", "ge", "lt", "le", "where", "masked_fill",
+            "relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu",
+            "silu", "mish", "sigmoid", "log_sigmoid", "tanh", "softplus", "softsign", "hardswish", "hardsigmoid",
+            "hardtanh", "dropout",
             "dropout2d", "stochastic_depth", "maximum", "minimum", "clone", "contiguous", "float", "double",
             "to", "type_as", "detach",
         ),
         _elementwise,
     ),
     **dict.fromkeys(("cat", "concat"), _concatenate),
-    **dict.fromkeys(("mean", "sum", "amax", "amin"), _reduce),
+    **dict.fromkeys(("mean", "sum", "amax", "amin", "std", "var"), _reduce),
     **dict.fromkeys(
         ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "interpolate"), _pool
     ),
+    "pad": _pad,
     **dict.fromkeys(
         ("layer_norm", "group_norm", "softmax", "log_softmax", "normalize", "local_response_norm"), _pin_source
     ),

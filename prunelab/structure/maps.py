@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Measure = Callable[[Tensor], Tensor]
 
 _ACTIVATIONS = (
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh,
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh,
     nn.Softplus, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh,
 )  # fmt: skip
 _ACTIVATION_FUNCTIONS = (

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import fx, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from prunelab import layers
 
@@ -18,7 +19,8 @@ class UntraceableError(TypeError):
 def trace(net: nn.Module) -> fx.Graph:
     """Trace a network's forward, in the mode it is in, down to the layers of PyTorch and of `prunelab.layers`.
 
-    torch.fx puts the constants that it meets into the network: give it a shallow copy where that matters.
+    torchvision's frozen batch norm counts as one, too. torch.fx puts the constants that it meets into the network: give
+    it a shallow copy where that matters.
 
     Raises:
         UntraceableError: the forward depends on values; the module is named.
@@ -73,4 +75,5 @@ class _Tracer(fx.Tracer):
         return result
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m).__module__ == layers.__name__ or super().is_leaf_module(m, module_qualified_name)
+        ours = type(m).__module__ == layers.__name__ or isinstance(m, FrozenBatchNorm2d)
+        return ours or super().is_leaf_module(m, module_qualified_name)
