@@ -156,10 +156,12 @@ def accuracy_against_macs(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     if len(dense):
         ax.axhspan(dense.test_tuned.min(), dense.test_tuned.max(), color=BLACK, alpha=0.12, linewidth=0)
         ax.axhline(dense.test_tuned.mean(), color=BLACK, linewidth=1, linestyle="--")
-    for place, arm in enumerate(arms):
-        aside = 2 ** (0.05 * (place - (len(arms) - 1) / 2))  # side by side, not on top of each other
-        _curve(ax, rows[rows.arm == arm], look(arm), aside)
     budgets = sorted(rows.macs[rows.method != "dense"].unique(), reverse=True)
+    room = -np.diff(np.log2(budgets)).max(initial=-np.inf)  # to the nearest budget, whose marks stay apart from these
+    step = min(0.05, 0.8 * room / max(len(arms), 1))
+    for place, arm in enumerate(arms):
+        aside = 2 ** (step * (place - (len(arms) - 1) / 2))  # side by side, not on top of each other
+        _curve(ax, rows[rows.arm == arm], look(arm), aside)
     ax.set_xscale("log", base=2)
     ax.set_xticks(budgets, [_fraction(budget) for budget in budgets])
     ax.xaxis.set_minor_locator(NullLocator())
