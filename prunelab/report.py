@@ -276,6 +276,13 @@ def verdict_table(store: Store | None = None, *, recorded: bool = True) -> pd.Da
     return pd.DataFrame(lines, columns=COLUMNS)
 
 
+def headlines(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of a `verdict_table()` that are about the main claim of a notebook, on its main setting."""
+    main = {(paper.notebook, claim.text) for paper in claims.load_all() for claim in paper.claims if claim.headline}
+    about = [pair in main for pair in zip(table.notebook, table.claim, strict=True)]
+    return table[about].drop_duplicates("notebook")  # the main setting comes first
+
+
 def found(paper: Paper, rows: Iterable[Row]) -> list[Cells]:
     """Return the experiments of a paper for each data set, network and effort that there are rows of.
 
@@ -362,7 +369,6 @@ def _with_table(path: Path, store: Store | None) -> str:
 def _verdicts(table: pd.DataFrame) -> str:
     """Return what the README says of the claims: how many came out how, the headline of each notebook, then all."""
     papers = claims.load_all()
-    headline = [claim.headline and one is paper for paper in papers for one in paper.everywhere for claim in one.claims]
     counts = table.verdict.value_counts()
     count = ", ".join(f"**{word}** {counts.get(word, 0)}" for word in WORDS)
     undecided = table["measured here"].str.endswith(UNDECIDED).sum()
@@ -372,7 +378,7 @@ def _verdicts(table: pd.DataFrame) -> str:
             f"{sum(len(paper.claims) for paper in papers)} claims, {len(table)} verdicts, as some claims are put to "
             f"the test in several settings: {count}. Of those that do not hold here, {undecided} are undecided: no "
             "interval lies wholly on either side of its bound. The main claim of each notebook:\n",
-            markdown(linked[headline].drop(columns="setting")),
+            markdown(linked.loc[headlines(table).index].drop(columns="setting")),
             f"\n<details><summary>All {len(table)} verdicts, with their settings</summary>\n",
             markdown(linked),
             "\n</details>",
