@@ -526,7 +526,8 @@ def _frozen_norm(run: Labeller, n: fx.Node, norm: nn.Module, value: Tensor) -> C
     return _per_channel(run, n, norm, "weight", "bias", "running_mean", "running_var")
 
 
-def _instance_norm(run: Labeller, n: fx.Node, norm: nn.Module, value: Tensor) -> Channels:
+def _channel_norm(run: Labeller, n: fx.Node, norm: nn.Module, value: Tensor) -> Channels:
+    """A batch or instance norm, which counts its channels."""
     channels = _frozen_norm(run, n, norm, value)
     run.count(str(n.target), "num_features", channels.ids)
     return channels
@@ -536,7 +537,7 @@ def _batch_norm(run: Labeller, n: fx.Node, norm: nn.Module, value: Tensor) -> Ch
     source = n.all_input_nodes[0]
     if source.op == "call_module" and len(source.users) == 1:
         run.found.norms[str(source.target)] = str(n.target)
-    return _instance_norm(run, n, norm, value)
+    return _channel_norm(run, n, norm, value)
 
 
 def _group_norm(run: Labeller, n: fx.Node, norm: nn.Module, value: Tensor) -> Channels:
@@ -621,7 +622,7 @@ _MODULES: dict[type[nn.Module], Callable[[Labeller, fx.Node, nn.Module, Any], Ch
     nn.Linear: _linear,
     nn.modules.batchnorm._BatchNorm: _batch_norm,
     FrozenBatchNorm2d: _frozen_norm,
-    nn.modules.instancenorm._InstanceNorm: _instance_norm,
+    nn.modules.instancenorm._InstanceNorm: _channel_norm,
     nn.GroupNorm: _group_norm,
     nn.PReLU: _prelu,
     ZeroPadChannels: _zero_pad,
