@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import LBFGS, SGD, Adafactor, Adam, AdamW, Optimizer, RMSprop
 
 from prunelab import models
 from prunelab.structure import ChannelSpace, ColumnSpace
@@ -17,6 +17,8 @@ from prunelab.structure import ChannelSpace, ColumnSpace
 OPTIMISERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
     "momentum": lambda p: SGD(p, lr=0.05, momentum=0.9, nesterov=True),
     "Adam": lambda p: Adam(p, lr=0.01, amsgrad=True),
+    "AdamW": lambda p: AdamW(p, lr=0.01),
+    "RMSprop": lambda p: RMSprop(p, lr=0.001, momentum=0.5, centered=True),
     "groups": lambda p: SGD([{"params": p[:2], "lr": 0.1}, {"params": p[2:]}], lr=0.01, momentum=0.5),
 }
 
@@ -117,3 +119,24 @@ def test_an_optimiser_of_another_network_is_refused() -> None:
     plan = space.plan({})
     with pytest.raises(ValueError, match="not this network's"):
         space.carry(plan, SGD(other.parameters(), lr=0.1), space.shrink(plan))
+
+
+def test_what_cannot_be_carried_is_named() -> None:
+    images, labels = torch.randn(8, 1, 8, 8), torch.randint(10, (8,))
+    net = models.build("convnet", shape=(1, 8, 8), seed=0).train()
+    space = ChannelSpace(net, images)
+    plan, other = (space.plan_for(space.scores("l1"), [share] * 3) for share in (0.5, 0.25))
+    small = space.shrink(plan)
+    adafactor, momentum = Adafactor(net.parameters()), SGD(net.parameters(), lr=0.01)
+    step(net, adafactor, images, labels)
+    with pytest.raises(ValueError, match=r"Adafactor cannot be carried: its 'row_var' of 'conv1\.weight'"):
+        space.carry(plan, adafactor, small)
+    lbfgs = LBFGS(net.parameters())
+    lbfgs.step(lambda: F.cross_entropy(net(images), labels))
+    with pytest.raises(ValueError, match="LBFGS cannot be carried"):
+        space.carry(plan, lbfgs, small)
+    for wrong in (net, space.shrink(other)):
+        with pytest.raises(ValueError, match=r"small is not what shrink\(plan\) returns: its 'conv1\.weight' would be"):
+            space.carry(plan, momentum, wrong)
+    with pytest.raises(ValueError, match=r"; it must be a torch\.optim\.Optimizer"):
+        space.carry(plan, small, momentum)  # type: ignore[arg-type]

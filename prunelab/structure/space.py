@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections import defaultdict
@@ -23,7 +24,7 @@ from torch.optim import Optimizer
 from prunelab import cost
 from prunelab import scores as criteria
 from prunelab._arrays import Bools, Floats, Ints
-from prunelab._checks import FRACTION, Legal, check, instance, one_of
+from prunelab._checks import FRACTION, NETWORK, Legal, check, instance, one_of
 from prunelab.structure.plan import Plan, indices
 
 Scope = cost.Scope
@@ -416,30 +417,43 @@ class Space(ABC):
 
         Args:
             plan: what was kept.
-            optimizer: any of torch.optim's, over parameters of this space's network.
+            optimizer: one of torch.optim's over parameters of this space's network; what it remembers of a parameter
+            has the parameter's shape, or is a number, which Adafactor and LBFGS do not keep to.
             small: what `shrink(plan)` returned.
 
         Raises:
-            ValueError: the optimiser has a parameter that is not the network's.
+            ValueError: the optimiser has a parameter that is not the network's, or remembers what cannot be cut; or the
+                network is not the one that the plan leaves.
             RuntimeError: later, when the old optimiser is stepped.
         """
+        check("optimizer", optimizer, instance(Optimizer, "a torch.optim.Optimizer"))
+        check("small", small, NETWORK)
         names = {id(parameter): name for name, parameter in self.net.named_parameters()}
         known = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if any(id(parameter) not in names for parameter in known):
             raise ValueError("the optimiser has parameters that are not this network's: give the one that trained it")
         new = dict(small.named_parameters())
         stays = [parameter for parameter in known if names[id(parameter)] in new]
+        for name, value in self.cut(plan, {names[id(parameter)]: parameter.detach() for parameter in known}).items():
+            if name not in new or new[name].shape != value.shape:
+                raise ValueError(f"small is not what shrink(plan) returns: its {name!r} would be {list(value.shape)}")
         groups = [
             {**group, "params": [new[name] for p in group["params"] if (name := names[id(p)]) in new]}
             for group in optimizer.param_groups
         ]
-        carried = type(optimizer)(groups, **optimizer.defaults)
+        accepted = inspect.signature(type(optimizer)).parameters  # AdamW, for one, has a default that it does not take
+        carried = type(optimizer)(groups, **{k: v for k, v in optimizer.defaults.items() if k in accepted})
         along: dict[str, dict[str, Tensor]] = defaultdict(dict)  # state by its key, then by the parameter's name
         for parameter in stays:
             name = names[id(parameter)]
             for key, value in optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     along[key][name] = value
+                elif isinstance(value, Tensor) and value.dim():
+                    raise ValueError(
+                        f"{type(optimizer).__name__} cannot be carried: its {key!r} of {name!r}, {list(value.shape)}, "
+                        f"has another shape than the parameter, {list(parameter.shape)}"
+                    )
                 else:
                     carried.state[new[name]][key] = copy.deepcopy(value)
         for key, tensors in along.items():
