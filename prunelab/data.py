@@ -211,7 +211,7 @@ NAMES: tuple[str, ...] = tuple(_KINDS)
 
 LEGAL = Legal(
     f"one of {', '.join(map(repr, NAMES))}, or an image folder or archive, by its path or its name in PRUNELAB_DATA",
-    lambda name: name in NAMES or (name and _find(name, _Kind())),
+    lambda name: name in NAMES or (name and _exists(name)),
 )
 """What `load` takes for a name."""
 
@@ -282,21 +282,23 @@ def from_datasets(
 
     Args:
         train: pairs (image, label). Images are all of one size: tensors [C, H, W] of uint8, or of floats in [0, 1],
-            which are rounded to 256 levels; or PIL pictures, grey ones of one channel and all others as RGB. Labels are
-            integers from 0 to K - 1, of which each occurs.
+            which are rounded to 256 levels; or PIL pictures of 8 bits a channel, grey ones of one channel and all
+            others as RGB. Labels are integers from 0 to K - 1, K >= 2, of which each occurs.
         test: the same, where a label need not occur.
         name: what the data set is called.
         val: as `test`, or None.
-        classes: the names of the K classes, in the order of the labels; None: the numbers.
+        classes: the names of the K classes, in the order of the labels; None: those in `train.classes`, as data sets of
+            torchvision have them, or else the numbers.
 
     Raises:
-        ValueError: any of these is not so (it names the data set, and the index of the image or label), or there are
+        ValueError: any of these is not so (it names the data set, and the index where it is one image's), or there are
             fewer than 2 training images per class and no `val`.
     """
     datasets = {"train": train, "test": test} | ({} if val is None else {"val": val})
     for split, dataset in datasets.items():
         check(split, dataset, _MAP_STYLE)
     check("name", name, Legal("a text that is not empty", lambda name: isinstance(name, str) and name))
+    classes = getattr(train, "classes", None) if classes is None else classes
     check("classes", classes, optional(_CLASSES))
     splits = {split: _read(split, dataset) for split, dataset in datasets.items()}
     number = len(splits["train"].labels.unique()) if classes is None else len(classes)
@@ -331,6 +333,13 @@ def _find(name: str, kind: _Kind) -> _Source:
         f"unknown data set {name!r}: choose one of {', '.join(NAMES)}, or name an image folder or archive "
         f"({', '.join(_ARCHIVES)}) by its path or by its name in the folder PRUNELAB_DATA"
     )
+
+
+def _exists(name: str) -> bool:
+    """Whether there is an image folder or archive of that path, or of that name in the folder `PRUNELAB_DATA`."""
+    root, path = os.environ.get("PRUNELAB_DATA"), Path(name)
+    known = root is not None and Path(root).is_dir() and _image_source(Path(root), name)
+    return bool(known) or path.is_dir() or (path.is_file() and name.endswith(_ARCHIVES))
 
 
 def _image_source(folder: Path, name: str) -> Path | None:
@@ -427,15 +436,16 @@ _MAP_STYLE = Legal(
     lambda dataset: isinstance(dataset, Dataset) and not isinstance(dataset, IterableDataset) and len(dataset),  # type: ignore[arg-type]
 )
 _CLASSES = Legal(
-    "a list of different names",
+    "a list of different names, at least two",
     lambda names: (
         isinstance(names, list | tuple)
         and all(isinstance(name, str) for name in names)
-        and len(names) == len(set(names)) > 0
+        and len(names) == len(set(names)) > 1
     ),
 )
 _PAIR = Legal("a pair (image, label)", lambda pair: isinstance(pair, list | tuple) and len(pair) == 2)
-_LABEL = Legal("an integer >= 0, the number of a class", lambda label: operator.index(label) >= 0)
+_LABEL = Legal("an integer >= 0, the number of a class", lambda label: operator.index(label) in range(2**31))
+_MODES = {"1": "L", "L": "L", "LA": "L"} | dict.fromkeys(("P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"), "RGB")
 
 
 def _read(split: str, dataset: Any) -> Split:
@@ -459,19 +469,22 @@ def _read(split: str, dataset: Any) -> Split:
 def _to_uint8(name: str, image: object) -> Tensor:
     """Return an image as `uint8 [C, H, W]` on the CPU."""
     if isinstance(image, Image.Image):
-        return _fit(image.convert("L" if image.mode in ("1", "L") else "RGB"), None)
-    if isinstance(image, Tensor) and image.ndim == 3 and image.numel():
+        if image.mode in _MODES:
+            return _fit(image.convert(_MODES[image.mode]), None)
+    elif isinstance(image, Tensor) and image.ndim == 3 and image.numel():
         if image.dtype == torch.uint8:
             return image.cpu()
         if image.is_floating_point() and image.min() >= 0 and image.max() <= 1:
             return (255 * image.float()).round().to("cpu", torch.uint8)
     raise ValueError(
-        f"{name} is {_description(image)}; it must be a PIL picture, or a tensor [C, H, W] of uint8 or of floats in "
-        "[0, 1], which is not normalised yet"
+        f"{name} is {_description(image)}; it must be a PIL picture of 8 bits a channel, or a tensor [C, H, W] of "
+        "uint8 or of floats in [0, 1], which is not normalised yet"
     )
 
 
 def _description(image: object) -> str:
+    if isinstance(image, Image.Image):
+        return f"a picture of mode {image.mode!r}"
     if not isinstance(image, Tensor):
         return f"of type {type(image).__name__}"
     kind = f"{image.dtype} {list(image.shape)}"
@@ -486,10 +499,10 @@ def _check_split(split: str, part: Split, train: Split, number: int) -> None:
     if size != wanted:
         raise ValueError(f"{split}: images are {size}; they must be {wanted} as those of train are")
     found = part.labels.unique()
-    if found[-1] >= number or (part is train and len(found) < number):
+    if found[-1] >= number or (part is train and not 1 < len(found) == number):
         raise ValueError(
-            f"{split}: {len(found)} different labels from {found[0]} to {found[-1]}; they must be 0 to {number - 1}, "
-            "and each must occur in train"
+            f"{split}: {len(found)} different labels from {found[0]} to {found[-1]}; they must be 0 to "
+            f"{max(number, 2) - 1}, and each must occur in train"
         )
 
 
@@ -514,7 +527,10 @@ def _decode(path: Path, channels: int, image_size: int | None) -> _Decoded:
         raise ValueError(f"{path} is damaged ({error}): replace it by a whole copy") from error
     found = {split for split, _, _ in images}
     if "train" not in found or len(found) == 1:
-        raise ValueError(f"{path} must hold pictures as <split>/<class>/<picture>, with splits train and test (or val)")
+        raise ValueError(
+            f"{path} must hold pictures ({', '.join(_PICTURES)}) as <split>/<class>/<picture>, with splits train and "
+            f"test (or val); it has pictures of {', '.join(sorted(found)) or 'no split'}"
+        )
     classes = tuple(sorted({label for split, label, _ in images if split == "train"}))
     if strange := sorted({label for _, label, _ in images} - set(classes)):
         raise ValueError(f"{path} has classes without training images: {', '.join(strange)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import warnings
 from collections import Counter
@@ -382,7 +383,7 @@ def report(
                     row |= {"net": label, "milliseconds": 1e3 * time.median}
                     row |= {"low": 1e3 * time.low, "high": 1e3 * time.high}
                     row |= {"speedup": times[first].median / time.median, **sizes[label]}
-                    rows.append(row | {"macs_reduction": sizes[first]["macs"] / sizes[label]["macs"]})
+                    rows.append(row | {"macs_reduction": sizes[first]["macs"] / (sizes[label]["macs"] or math.nan)})
                 bar.update()
     _warn_of_slower(first, rows)
     return pd.DataFrame(rows)

@@ -613,7 +613,7 @@ def test_forward_that_depends_on_values_names_the_module() -> None:
         (lambda s, x: s.b(torch.matmul(s.a(x), s.a(x))), "operation 'matmul'"),
         (lambda s, x: s.b(s.extra(s.a(x))), "module 'extra' of type PixelShuffle"),
         (lambda s, x: s.b(s.a(x).log()), "operation 'log'"),  # of a channel at zero
-        (lambda s, x: s.b(nn.functional.pad(s.a(x), (1, 1, 0, 0, 2, 0))), "'pad' adds channels"),
+        (lambda s, x: s.b(nn.functional.pad(s.a(x), (1, 1, 0, 0, 2, 0))), "'pad' changes the number of channels"),
         (lambda s, x: s.up(s.a(x)), "'up' has 2 groups and writes 6 channels: .* as many as it reads, 4"),
         (lambda s, x: s.b(s.a(x) * s.a(x).size(1)), "'mul' computes with the size of a tensor"),
         (

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunelab import models
 from prunelab.structure import Budget, ChannelSpace, Plan, Space
@@ -101,10 +101,21 @@ def test_a_budget_leaves_multiples_up_to_the_last_step(fraction: float, ranking:
     assert widths.min() >= 8
     assert space.macs(plan) <= fraction * dense
     more = np.minimum(widths + 8 * np.eye(len(widths), dtype=int), space.sizes)  # one group has one step more
-    assert (space.cost(more[widths < space.sizes]) > fraction * dense).any()
+    assert (space.cost(more[widths < space.sizes]) > fraction * dense).all()
     for group in space.groups:
         best = scores[group.name].argsort(descending=True)[: plan.widths[group.name]]
         assert plan.keep[group.name] == tuple(sorted(best.tolist()))
+
+
+def test_multiples_are_of_channels_where_a_unit_has_several() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 64, 3), nn.GroupNorm(16, 64), nn.ReLU(), nn.Conv2d(64, 32, 3), nn.Flatten(), nn.Linear(32 * 16, 2)
+    )  # fmt: skip
+    space = ChannelSpace(net, torch.zeros(1, 3, 8, 8), multiple_of=8)
+    assert [(group.size, group.step) for group in space.groups] == [(16, 2), (32, 8)]  # 4 channels and 1 in a unit
+    small = space.shrink(space.plan_for(space.scores("l1"), Budget(0.5)))
+    assert isinstance(small, nn.Sequential)
+    assert (small[0].out_channels % 8, small[3].out_channels % 8) == (0, 0)
 
 
 def test_a_group_of_fewer_than_a_multiple_stays_whole() -> None:

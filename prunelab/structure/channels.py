@@ -42,8 +42,8 @@ class ChannelSpace(Space):
     Args:
         net: a network that torch.fx can trace.
         example: an input, float [N, C, H, W]; its spatial size fixes the MACs.
-        multiple_of: a budget leaves a multiple of so many units of each group, or all of them: kernels are fastest at
-            widths that are multiples of 8 or 16.
+        multiple_of: a budget leaves each group whole, or such that what it adds to a layer's width is a multiple of
+            this: kernels are fastest at widths that are multiples of 8 or 16.
 
     Raises:
         UntraceableError: the network, or a named module in it, cannot be cut safely.
@@ -56,9 +56,12 @@ class ChannelSpace(Space):
         check("multiple_of", multiple_of, integer(1))
         self.example = example
         self.coupling = couple(net, example)
+        cost = _cost(self.coupling)
+        channels = np.where(cost.writes, cost.writes, multiple_of)  # of each layer, in a unit of each group
+        steps = np.lcm.reduce(multiple_of // np.gcd(multiple_of, channels)).tolist()
         sizes = self.coupling.sizes.tolist()
-        groups = [Group(n, s, step=multiple_of) for n, s in zip(self.coupling.names, sizes, strict=True)]
-        super().__init__(net, groups, _cost(self.coupling))
+        groups = [Group(n, s, step=k) for n, s, k in zip(self.coupling.names, sizes, steps, strict=True)]
+        super().__init__(net, groups, cost)
 
     def owned(self, net: nn.Module) -> list[tuple[nn.Parameter, list[Tensor]]]:
         """List weights, biases and batch-norm scales with the units along their axes."""

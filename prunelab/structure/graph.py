@@ -684,7 +684,7 @@ def _concatenate(run: Labeller, n: fx.Node, value: Tensor) -> Channels:
 def _reduce(run: Labeller, n: fx.Node, value: Tensor) -> Channels | None:
     """A mean, maximum or deviation over the named dimensions or all: free over space, pinned over channels."""
     source, rank = run.source(n), run.env[n.all_input_nodes[0]].dim()
-    given: Any = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim")
+    given: Any = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim", n.kwargs.get("axis"))
     named = (given,) if type(given) is int else given if isinstance(given, tuple | list) else ()
     reduced = {d % rank for d in named or range(rank)}
     if source.dim in reduced:
@@ -709,7 +709,7 @@ def _pad(run: Labeller, n: fx.Node, value: Tensor) -> Channels:
     widths: Any = n.args[1] if len(n.args) > 1 else n.kwargs["pad"]  # two for each dimension, the last one first
     place = 2 * (value.dim() - 1 - source.dim)
     if any(width != 0 for width in widths[place : place + 2]):
-        raise run.refuse("'pad' adds channels, which prunelab.layers.ZeroPadChannels can do")
+        raise run.refuse("'pad' changes the number of channels; prunelab.layers.ZeroPadChannels can add some")
     return source
 
 
@@ -818,7 +818,7 @@ _FUNCTIONS: dict[str, Callable[[Labeller, fx.Node, Any], Any]] = {
             "silu", "mish", "sigmoid", "log_sigmoid", "tanh", "softplus", "softsign", "hardswish", "hardsigmoid",
             "hardtanh", "dropout",
             "dropout2d", "stochastic_depth", "maximum", "minimum", "clone", "contiguous", "float", "double",
-            "to", "type_as", "detach",
+            "to", "type_as", "expand_as", "detach",
         ),
         _elementwise,
     ),

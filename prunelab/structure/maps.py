@@ -22,11 +22,11 @@ Measure = Callable[[Tensor], Tensor]
 
 _ACTIVATIONS = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh,
-    nn.Softplus, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh,
+    nn.Softplus, nn.Softsign, nn.LogSigmoid, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh,
 )  # fmt: skip
 _ACTIVATION_FUNCTIONS = (
     "relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish", "sigmoid", "tanh",
-    "softplus", "hardswish", "hardsigmoid", "hardtanh",
+    "softplus", "softsign", "log_sigmoid", "logsigmoid", "hardswish", "hardsigmoid", "hardtanh",
 )  # fmt: skip
 _TURNED = ("permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims")
 

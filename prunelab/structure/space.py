@@ -511,8 +511,10 @@ class Space(ABC):
         count = bisect_left(range(len(left)), True, key=lambda count: spent(widths(count)) <= budget.fraction)
         found = widths(count)
         if budget.latency is None:  # no measurement can tell one unit from none
-            # Give each group one step back, last removed first, where it fits: the groups' units differ in cost.
-            for group in dict.fromkeys(removed_from[:count][::-1].tolist()):
+            # Offer steps back, last removed first, where they fit: the groups' units differ in cost. A group of single
+            # units is offered one, so that rates stay even; steps of several leave too much of the budget for that.
+            last_first = removed_from[:count][::-1].tolist()
+            for group in last_first if self.steps.max() > 1 else dict.fromkeys(last_first):
                 without = found[group]
                 found[group] = min(without + self.steps[group], self.sizes[group])
                 if spent(found) > budget.fraction:
