@@ -229,7 +229,10 @@ def _notebooks() -> list[Path]:
 
 
 def _parse(words: Iterable[str]) -> tuple[list[str], dict[str, Any]]:
-    """Split `NN... -p NAME VALUE ...` into notebooks and parameters; a value is a Python literal, else text."""
+    """Split `NN... -p NAME VALUE ...` into notebooks and parameters; a value is a Python literal, else text.
+
+    A path such as ./pictures is made absolute if it leads somewhere: notebooks run in their own folder.
+    """
     names, parameters = [], {}
     rest = iter(words)
     for word in rest:
@@ -242,7 +245,8 @@ def _parse(words: Iterable[str]) -> tuple[list[str], dict[str, Any]]:
         try:
             parameters[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            parameters[name] = value
+            leads_somewhere = os.sep in value and Path(value).exists()
+            parameters[name] = str(Path(value).resolve()) if leads_somewhere else value
     return names, parameters
 
 

@@ -171,3 +171,12 @@ def test_verify_names_what_cannot_be_verified(repository: Path, monkeypatch: pyt
     assert "recorded on other images (a copy) than those at hand (scikit-learn" in shown.stdout
     assert "unknown notebook" not in shown.stderr
     assert "no claims for notebook '99'" in call("verify", "99").stderr
+
+
+def test_notebooks_are_given_paths_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They run in a folder of their own."""
+    monkeypatch.chdir(tmp_path)
+    Path("pictures").mkdir()
+    words = ["00", "-p", "DATASET", "./pictures", "-p", "MODEL", "torchvision/vgg16", "-p", "SEED", "3"]
+    given = {"DATASET": str((tmp_path / "pictures").resolve()), "MODEL": "torchvision/vgg16", "SEED": 3}
+    assert cli._parse(words) == (["00"], given)

@@ -462,7 +462,7 @@ def test_layout_errors_name_the_folder(cache: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tiny has classes without training images: ash"):
         load(str(folder))
     shutil.rmtree(folder / "test")
-    with pytest.raises(ValueError, match="tiny must hold pictures .* as <split>/<class>/<picture>, .* pictures of train$"):
+    with pytest.raises(ValueError, match=r"tiny must hold pictures .* as <split>/<class>/<picture>, .* of train$"):
         load(str(folder))
 
 
@@ -569,7 +569,7 @@ class Stream(IterableDataset[Any]):
         ({"test": Stream()}, "test is <.*Stream.*; it must be a map-style"),
         ({"val": TensorDataset(GOOD[0][:0])}, "val is <.*TensorDataset.*; it must be a map-style.* not empty"),
         ({"name": ""}, "name is ''; it must be a text that is not empty"),
-        ({"classes": ["a", "a"]}, r"classes is \['a', 'a'\]; it must be a list of different names, at least two, or None"),
+        ({"classes": ["a", "a"]}, r"classes is \['a', 'a'\]; it must be a list of different names, at least two"),
         ({"train": TensorDataset(GOOD[0])}, r"(?s)train\[0\] is \(.*; it must be a pair \(image, label\)"),
         ({"train": pairs(GOOD[0], GOOD[1] + 0.5)}, r"train\[0\]: label is tensor\(0.5.*; it must be an integer >= 0"),
         ({"test": pairs(GOOD[0], GOOD[1] - 1)}, r"test\[0\]: label is tensor\(-1\); it must be an integer >= 0"),
@@ -588,7 +588,7 @@ class Stream(IterableDataset[Any]):
         ({"train": pairs(GOOD[0].int())}, r"train\[0\]: image is torch.int32 \[3, 6, 6\]; it must be"),
         ({"train": pairs(GOOD[0][:, 0])}, r"train\[0\]: image is torch.uint8 \[6, 6\]; it must be"),
         ({"train": pairs(GOOD[0][:, :, :0])}, r"train\[0\]: image is torch.uint8 \[3, 0, 6\]; it must be"),
-        ({"train": pairs(GOOD[0].numpy())}, r"train\[0\]: image is of type ndarray; it must be a PIL picture of 8 bits"),
+        ({"train": pairs(GOOD[0].numpy())}, r"train\[0\]: image is of type ndarray; it must be a PIL picture"),
         ({"train": pairs(GOOD[0], GOOD[1] + 1)}, f"train: 2 different labels from 1 to 2; {BAD_LABELS}"),
         ({"test": pairs(GOOD[0], GOOD[1] + 1)}, f"test: 2 different labels from 1 to 2; {BAD_LABELS}"),
         ({"classes": ["a", "b", "c"]}, "train: 2 different labels from 0 to 1; they must be 0 to 2, and each must"),
