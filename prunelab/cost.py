@@ -190,6 +190,8 @@ def _calls(net: nn.Module, example: Tensor) -> list[_Call]:
         stack.enter_context(evaluating(net))
         stack.enter_context(torch.no_grad())
         stack.enter_context(_ShapesOnly())
+        for layer in net.modules():  # in which a hook, such as spectral_norm's, may leave what it has computed
+            stack.callback(vars(layer).update, {k: v for k, v in vars(layer).items() if isinstance(v, Tensor)})
         for layer in filter(_is_noted, net.modules()):
             stack.callback(layer.register_forward_hook(note, with_kwargs=True).remove)
         try:

@@ -328,3 +328,10 @@ def test_latency_restores_everything_when_the_network_fails() -> None:
 def test_bad_input_is_named(call: Callable[[nn.Module, Tensor], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(nn.Linear(3, 3), torch.zeros(2, 3))
+
+
+def test_counting_leaves_computed_weights_where_they_are() -> None:
+    net = nn.utils.spectral_norm(nn.Conv2d(3, 5, 3))
+    before = net.weight
+    assert cost.macs(net, torch.zeros(1, 3, 8, 8)) == 5 * 3 * 9 * 36
+    assert net.weight is before
