@@ -124,6 +124,13 @@ KINDS: dict[str, tuple[nn.Module, dict[str, int]]] = {
         ),
         {"a": 4, "down": 2},
     ),
+    "gates expanded": (
+        Net(
+            lambda s, x: (lambda y: s.b(y * s.up(s.down(y.mean((2, 3), True)).relu()).sigmoid().expand_as(y)))(s.a(x)),
+            a=conv(3, 4), down=conv(4, 2, 1), up=conv(2, 4, 1), b=conv(4, 2),
+        ),
+        {"a": 4, "down": 2},
+    ),
     "spread of everything": (
         Net(
             lambda s, x: (lambda y: s.c(y / y.std(False) + y.sum(()) + y.std()))(s.b(s.a(x))),
