@@ -336,7 +336,7 @@ def test_an_illegal_field_is_named(field: str, value: Any) -> None:
 def test_it_needs_the_beginning(missing: Literal["initial", "dense"], trained: tuple[nn.Module, Context]) -> None:
     net, context = trained
     given = {"initial": context.initial, "dense": context.dense, missing: None}
-    with pytest.raises(ValueError, match="needs a context with the initial network and the dense recipe"):
+    with pytest.raises(ValueError, match="needs the initial network and the dense recipe: Context"):
         DropNet()(net, Budget(0.5), Context(context.data, context.recipe, 0, **given))  # type: ignore[arg-type]
 
 

@@ -250,7 +250,7 @@ class _Fitness:
     def __init__(self, structures: Structures, context: Context, epochs: float, tick: Callable[[], object]) -> None:
         steps = epochs * context.steps_per_epoch
         if steps < 1:
-            raise ValueError(f"abcpruner: each of the trainings gets {steps:.2f} steps: raise share, or try fewer")
+            raise ValueError(f"abcpruner: a training gets {steps:.2f} steps: raise share, or lower sources or cycles")
         self.structures, self.context, self.tick = structures, context, tick
         self.recipe = context.constant(epochs, context.recipe.lr)
         self.epochs = 0.0

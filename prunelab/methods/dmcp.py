@@ -110,7 +110,7 @@ class DMCP:
     def __call__(self, net: nn.Module, budget: Budget, context: Context) -> Pruned:
         """Search, and return an untrained network of the widths found."""
         if context.dense is None:
-            raise ValueError("dmcp: it needs a context that says how the dense network was trained (dense is None)")
+            raise ValueError("dmcp: it has to know how the dense network was trained: Context(dense=...)")
         space = ChannelSpace(copy.deepcopy(net), context.data.example)
         chains = Chains(space.sizes, self.step, self.least, self.alpha)
         cost = ExpectedCost(space, budget)

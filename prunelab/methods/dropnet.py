@@ -98,7 +98,7 @@ class DropNet:
     def __call__(self, net: nn.Module, budget: Budget, context: Context) -> Pruned:
         """Run the cycles, and return the last network before its training."""
         if context.initial is None or context.dense is None:
-            raise ValueError("dropnet: it needs a context with the initial network and the dense recipe")
+            raise ValueError("dropnet: needs the initial network and the dense recipe: Context(initial=..., dense=...)")
         space = ChannelSpace(context.initial, context.data.example)
         layers = droppable(space, budget)
         spent = space.spent(budget)

@@ -74,10 +74,10 @@ class Scratch:
     def __call__(self, net: nn.Module, budget: Budget, context: Context) -> Pruned:
         """Cut, forget the weights, and say how to train."""
         if context.dense is None:
-            raise ValueError("scratch: it needs a context that says how the dense network was trained (dense is None)")
+            raise ValueError("scratch: it has to know how the dense network was trained: Context(dense=...)")
         before = net if self.weights == "fresh" else context.initial
         if before is None:
-            raise ValueError("scratch: weights='initial' needs a context with the initial network (initial is None)")
+            raise ValueError("scratch: weights='initial' needs the initial network: Context(initial=...)")
         space = ChannelSpace(net, context.data.example)
         plan = plan_of(space, self.widths, budget, context.seed)
         small = ChannelSpace(before, context.data.example).shrink(plan)
