@@ -327,7 +327,7 @@ def _find(name: str, kind: _Kind) -> _Source:
     if name in _KINDS:
         raise FileNotFoundError(f"{name} is not at hand: {_advice(name)}")
     path = Path(name)
-    if path.is_dir() or (path.is_file() and path.name.endswith(_ARCHIVES)):
+    if _holds_images(path):
         return _images(path, kind.channels)
     raise ValueError(
         f"unknown data set {name!r}: choose one of {', '.join(NAMES)}, or name an image folder or archive "
@@ -339,7 +339,11 @@ def _exists(name: str) -> bool:
     """Whether there is an image folder or archive of that path, or of that name in the folder `PRUNELAB_DATA`."""
     root, path = os.environ.get("PRUNELAB_DATA"), Path(name)
     known = root is not None and Path(root).is_dir() and _image_source(Path(root), name)
-    return bool(known) or path.is_dir() or (path.is_file() and name.endswith(_ARCHIVES))
+    return bool(known) or _holds_images(path)
+
+
+def _holds_images(path: Path) -> bool:
+    return path.is_dir() or (path.is_file() and path.name.endswith(_ARCHIVES))
 
 
 def _image_source(folder: Path, name: str) -> Path | None:

@@ -222,6 +222,18 @@ def conv(inputs: int, outputs: int, kernel: int = 3, **options: object) -> nn.Co
     return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, **options)
 
 
+def excitation(
+    squeeze: Callable[[Tensor], Tensor], gate: Callable[[Tensor, Tensor], Tensor] = lambda gates, y: gates
+) -> tuple[Net, dict[str, int]]:
+    """Maps y times gates that are computed from what `squeeze` makes of them, and brought to their shape by `gate`."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        y = net.a(x)
+        return net.b(y * gate(net.up(net.down(squeeze(y)).tanh()).sigmoid(), y))
+
+    return Net(forward, a=conv(3, 4), down=conv(4, 2, 1), up=conv(2, 4, 1), b=conv(4, 2)), {"a": 4, "down": 2}
+
+
 def shuffle(x: Tensor) -> Tensor:
     batch, channels, height, width = x.size()
     return x.view(batch, 2, channels // 2, height, width).transpose(1, 2).reshape(batch, -1, height, width)
@@ -273,13 +285,7 @@ TINY: dict[str, tuple[Net, dict[str, int]]] = {
         Net(lambda s, x: s.c(s.b(s.a(x))), a=conv(3, 6), b=conv(6, 9, groups=3), c=conv(9, 2)),
         {"a": 3},
     ),
-    "squeeze and excitation": (
-        Net(
-            lambda s, x: (lambda y: s.b(y * s.up(s.down(y.mean((2, 3), keepdim=True)).tanh()).sigmoid()))(s.a(x)),
-            a=conv(3, 4), down=conv(4, 2, 1), up=conv(2, 4, 1), b=conv(4, 2),
-        ),
-        {"a": 4, "down": 2},
-    ),
+    "squeeze and excitation": excitation(lambda y: y.mean((2, 3), keepdim=True)),
     "one map gates all": (
         Net(lambda s, x: (lambda y: s.b(y * s.gate(y).sigmoid()))(s.a(x)), a=conv(3, 4), gate=conv(4, 1), b=conv(4, 2)),
         {"a": 4},

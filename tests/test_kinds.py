@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from test_channels import Net, assert_mask_is_shrink, assert_same, conv, plans, randomise, zoo
+from test_channels import Net, assert_mask_is_shrink, assert_same, conv, excitation, plans, randomise, zoo
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -117,20 +117,8 @@ KINDS: dict[str, tuple[nn.Module, dict[str, int]]] = {
         ),
         {"a": 4},
     ),
-    "gates by spread": (
-        Net(
-            lambda s, x: (lambda y: s.b(y * s.up(s.down(y.std((2, 3), keepdim=True)).relu()).sigmoid()))(s.a(x)),
-            a=conv(3, 4), down=conv(4, 2, 1), up=conv(2, 4, 1), b=conv(4, 2),
-        ),
-        {"a": 4, "down": 2},
-    ),
-    "gates expanded": (
-        Net(
-            lambda s, x: (lambda y: s.b(y * s.up(s.down(y.mean((2, 3), True)).relu()).sigmoid().expand_as(y)))(s.a(x)),
-            a=conv(3, 4), down=conv(4, 2, 1), up=conv(2, 4, 1), b=conv(4, 2),
-        ),
-        {"a": 4, "down": 2},
-    ),
+    "gates by spread": excitation(lambda y: y.std((2, 3), keepdim=True)),
+    "gates expanded": excitation(lambda y: y.mean((2, 3), True), lambda gates, y: gates.expand_as(y)),
     "spread of everything": (
         Net(
             lambda s, x: (lambda y: s.c(y / y.std(False) + y.sum(()) + y.std()))(s.b(s.a(x))),
