@@ -338,9 +338,7 @@ def coupling(space: ChannelSpace, plan: Plan | None = None, ax: Axes | None = No
         ax.vlines(group, rows[at[0].layer], rows[at[-1].layer], color="#BBBBBB", linewidth=1.2, zorder=1)
         for place in at:
             _cell(ax, group, rows[place.layer], PLACES[place.role], place.channels[group], share)
-    ties = [
-        dict.fromkeys(tie.split(" ")[0] for tie in tied.split("; ")) for tied in space.describe().tied_by[: len(kept)]
-    ]
+    ties = [dict.fromkeys(tie.split(" ")[0] for tie in tied.split("; ")) for tied in space.describe().tied_by]
     ax.set_xticks(range(len(kept)), [", ".join(words) for words in ties], fontsize=8, rotation=90)
     ax.set_yticks(range(len(rows)), list(rows), fontsize=8)
     ax.set(xlim=(-0.6, len(kept) - 0.4), ylim=(len(rows) - 0.4, -0.6))

@@ -662,35 +662,55 @@ def test_network_without_anything_to_remove() -> None:
 
 
 def test_a_network_that_stays_whole_says_why() -> None:
-    """Three reasons at most, and none for what is only the network's output."""
+    """Three reasons at most."""
     norms = [nn.GroupNorm(1, 4) for _ in range(4)]
     net = nn.Sequential(*[layer for norm in norms for layer in (conv(4, 4), norm)], conv(4, 4))
     message = r"no channels that could be removed: GroupNorm at 1; GroupNorm at 3; GroupNorm at 5; …$"
     with pytest.raises(ValueError, match=message):
         ChannelSpace(net, torch.zeros(1, 4, 6, 6))
-    with pytest.raises(ValueError, match=r"no channels that could be removed: GroupNorm at 1$"):
+    with pytest.raises(ValueError, match=r"no channels that could be removed: GroupNorm at 1; the network's output$"):
         ChannelSpace(net[:3], torch.zeros(1, 4, 6, 6))
-    with pytest.raises(ValueError, match=r"no channels that could be removed$"):
+    with pytest.raises(ValueError, match=r"no channels that could be removed: the network's output$"):
         ChannelSpace(net[:1], torch.zeros(1, 4, 6, 6))
+
+
+OUTPUT = "the network's output"
 
 
 @pytest.mark.parametrize(
     ("case", "whole"),
     [
-        ("layer norm keeps its channels", {"a": "LayerNorm at n"}),
-        ("softmax keeps its channels", {"b": "softmax"}),
-        ("one map gates all", {"gate": "one map for all channels"}),
+        ("chain", {"c": OUTPUT}),
+        ("grouped", {"c": OUTPUT}),
+        ("layer norm keeps its channels", {"a": "LayerNorm at n", "k": OUTPUT}),
+        ("softmax keeps its channels", {"b": "softmax", "c": OUTPUT}),
+        ("one map gates all", {"gate": "one map for all channels", "b": OUTPUT}),
         (
             "fixed sizes keep their channels",
-            {"a": "fixed sizes", "b": "fixed indices", "d": "fixed sizes; uneven split", "e": "amax over channels"},
+            {
+                "a": "fixed sizes",
+                "b": "fixed indices",
+                "c.1": OUTPUT,
+                "d": "fixed sizes; uneven split",
+                "e": "amax over channels",
+            },
         ),
-        ("a constant per channel keeps the channels", {"b": "a constant per channel"}),
-        ("grouped", {}),
+        ("a constant per channel keeps the channels", {"b": "a constant per channel", "c": OUTPUT}),
     ],
 )
-def test_pins_say_where_they_come_from(case: str, whole: dict[str, str]) -> None:
+def test_layers_that_can_lose_no_filter_say_what_pins_them(case: str, whole: dict[str, str]) -> None:
     net, x = tiny(case)
     assert ChannelSpace(net, x).whole == whole
+
+
+def test_the_image_and_every_output_pin_layers_too() -> None:
+    net = Net(
+        lambda s, x: (lambda f: {"features": f, "logits": s.c(s.b(f))})(x + s.a(x)),
+        a=conv(3, 3), b=conv(3, 4), c=conv(4, 2),
+    )  # fmt: skip
+    whole = {"a": f"the image; {OUTPUT}", "c": OUTPUT}
+    assert ChannelSpace(net, torch.zeros(1, 3, 6, 6)).whole == whole
+    assert RowColumnSpace(net, torch.zeros(1, 3, 6, 6)).whole == whole
 
 
 def test_unknown_group_has_no_weights() -> None:

@@ -10,7 +10,6 @@ from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -147,32 +146,8 @@ class ChannelSpace(Space):
 
     @cached_property
     def whole(self) -> dict[str, str]:
-        """Layers that can lose no filter, and what pins some of these; the network's output goes without saying."""
+        """Layers that can lose no filter, and what pins some of these, such as "the network's output"."""
         return {layer: _in_words(pins) for layer, pins in self.coupling.whole.items()}
-
-    def describe(self, plan: Plan | None = None) -> pd.DataFrame:
-        """Return one row per group, as `Space.describe` does, and below one per layer of `whole`.
-
-        The latter have no group and no MACs per unit; tied_by says what they are pinned by.
-        """
-        groups = super().describe(plan)
-        if not self.whole:
-            return groups
-        writes = {axis.module: len(axis.units) for axis in self.coupling.axes if axis.role == "out"}
-        sizes = [writes[layer] for layer in self.whole]
-        table: dict[str, object] = {
-            "group": "",
-            "size": sizes,
-            "written_by": [*self.whole],
-            "through": "",
-            "read_by": "",
-            "tied_by": [f"pinned by {why}" for why in self.whole.values()],
-            "macs_per_unit": 0,
-            "kept": sizes,
-            "removed": 0,
-            "removed_units": [[] for _ in sizes],
-        }
-        return pd.concat([groups, pd.DataFrame(table)[groups.columns]], ignore_index=True)
 
     def shrink(self, plan: Plan) -> nn.Module:
         """Return a smaller network of the same classes: every tensor cut along its axes, every width attribute set.

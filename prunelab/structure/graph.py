@@ -128,7 +128,7 @@ class Coupling:
     counts: list[Count]
     products: list[Product]
     ties: list[Tie]
-    whole: dict[str, list[Pin]]  # layer that can lose no filter -> what pins them, but for the network's output
+    whole: dict[str, list[Pin]]  # layer that can lose no filter -> what pins them
     norms: dict[str, str]  # layer -> the batch norm that alone reads its output
 
 
@@ -173,7 +173,6 @@ class _Found:
     """The ids and ties gathered while the graph runs."""
 
     ids: int = 0
-    ends: list[Ints] = field(default_factory=list)  # the network's input and output
     pins: list[Pin] = field(default_factory=list)
     ties: list[Tie] = field(default_factory=list)
     axes: dict[tuple[int, int], Axis] = field(default_factory=dict)  # by the identity of the tensor, and dimension
@@ -309,12 +308,14 @@ class Labeller(fx.Interpreter):
 
     def _channels_of(self, n: fx.Node, value: Any) -> Any:
         if n.op == "placeholder":
-            self.found.ends.append(self.image)
+            self.pin("the image", self.image)
             return Channels(self.image, 1)
         if n.op == "get_attr":
             return self._parameter(str(n.target), value)
         if n.op == "output":
-            self.found.ends.extend(ids for source in n.all_input_nodes for ids in self._ids_of(source))
+            for source in n.all_input_nodes:
+                for ids in self._ids_of(source):
+                    self.pin("the network's output", ids)
             return None
         if n.op == "call_module":
             module = self.submodules[str(n.target)]
@@ -364,7 +365,7 @@ def _grouped(found: _Found) -> Coupling:
     axes = _distinct(found.axes.values())
     kind, writer = _places(axes, unit_of)
     free = writer >= 0
-    free[unit_of[np.concatenate([*found.ends, *(pin.ids for pin in found.pins)])]] = False
+    free[unit_of[np.concatenate([pin.ids for pin in found.pins])]] = False
     order, group = _ordered(unit_of, free, kind)
     leaders = order[np.unique(group, return_index=True)[1]]
 
@@ -398,8 +399,7 @@ def _whole(found: _Found, unit_of: Ints, free: Bools) -> dict[str, list[Pin]]:
     pinned = [(pin, unit_of[pin.ids]) for pin in found.pins]
     layers = {a.module: unit_of[a.units] for a in found.axes.values() if a.role == "out"}
     whole = {name: units for name, units in layers.items() if not free[units].any()}
-    causes = {name: [pin for pin, kept in pinned if np.isin(kept, units).any()] for name, units in whole.items()}
-    return {name: pins for name, pins in causes.items() if pins}
+    return {name: [pin for pin, kept in pinned if np.isin(kept, units).any()] for name, units in whole.items()}
 
 
 def _merged(found: _Found) -> Ints:

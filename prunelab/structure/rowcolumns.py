@@ -54,6 +54,11 @@ class RowColumnSpace(Space):
         self._per_filter = kernels[:, None] * self.rows.cost.reads[layers]  # columns that read a unit of a row group
         self._always = kernels * self.rows.cost.reads_fixed[layers]
 
+    @property
+    def whole(self) -> dict[str, str]:
+        """Layers that can lose no filter, as `ChannelSpace.whole`; they may lose columns."""
+        return self.rows.whole
+
     def owned(self, net: nn.Module) -> list[tuple[nn.Parameter, list[Tensor]]]:
         """List what filters own; kernels, [out, C, kh, kw], with their filters and their columns, [1, C, kh, kw]."""
         filters = {a.name: a.units for a in self.rows.coupling.axes if a.role == "out" and (a.units >= 0).any()}

@@ -202,7 +202,7 @@ class Space(ABC):
 
     @property
     def whole(self) -> dict[str, str]:
-        """Layers that can lose nothing of what they write, and what pins it."""
+        """Layers that can lose no filter, in a space of filters, and what pins some of these."""
         return {}
 
     # -- scores, budgets and plans ----------------------------------------------------------------------------------
@@ -333,7 +333,8 @@ class Space(ABC):
 
         Columns: group; size; of channels also written_by, through, read_by (layers) and tied_by (operations and the
         modules that they are in); macs_per_unit, the MACs saved by removing one unit alone, from those that write it
-        and those that read it; with a plan kept, removed (counts) and removed_units (indices).
+        and those that read it; with a plan kept, removed (counts) and removed_units (indices). Layers that stay as they
+        are have no row: `whole` lists them.
 
         Raises:
             ValueError: the plan is not one of this space's.
@@ -503,7 +504,7 @@ class Space(ABC):
 
         spent = self.spent(budget, scores)
         if (least := spent(widths(len(left)))) > budget.fraction:
-            whole = f"; {len(self.whole)} layers stay whole, see describe()" if self.whole else ""
+            whole = "; `whole` says which layers can lose nothing" if self.whole else ""
             raise ValueError(
                 f"budget {budget.cost}={budget.fraction} cannot be met: the smallest legal plan, with "
                 f"every unit of infinite score, keeps {least:.4f} of the {budget.what}{whole}"
