@@ -129,13 +129,13 @@ def run(
 @app.command("report")
 @command
 def report_(
-    write: Annotated[bool, typer.Option("--write", help="Write the table into README.md too.")] = False,
+    write: Annotated[bool, typer.Option("--write", help="Write them into README.md and the notebooks too.")] = False,
 ) -> None:
     """Show the verdicts of the recorded rows."""
-    from prunelab import report
+    from prunelab import pages, report
 
     if write:
-        report.write_readme(REPOSITORY / "README.md")
+        pages.write(REPOSITORY)
     _show(report.verdict_table())
 
 

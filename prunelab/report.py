@@ -1,4 +1,4 @@
-"""From rows to a word: paired differences over seeds, a rule, a verdict, and the table of all of them in the README."""
+"""From rows to a word: paired differences over seeds, a rule, a verdict, and the table of all of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from prunelab import claims
-from prunelab._files import write_atomically
 from prunelab.claims import Claim, Paper
 from prunelab.experiments import RECORDED, Experiment, Row, Store, run
 
@@ -29,7 +27,6 @@ COLUMNS = [
     *("notebook", "paper", "claim", "paper's number"),
     *("measured here", "95% interval", "verdict", "setting", "seeds", "minutes"),
 ]
-MARKERS = "<!-- verdicts:begin -->", "<!-- verdicts:end -->"
 
 NAMED = ["arm", "label", "method", "macs", "seed", "data_source", "data_digest", *claims.METRICS]
 
@@ -340,47 +337,3 @@ def markdown(table: pd.DataFrame) -> str:
     cells = table.assign(verdict=[f"**{word}**" for word in table.verdict]).astype(str)
     lines = [list(cells.columns), ["---"] * cells.shape[1], *cells.to_numpy().tolist()]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def write_readme(path: str | os.PathLike[str], store: Store | None = None) -> None:
-    """Replace what stands between the verdict markers of a file by the verdict table.
-
-    Raises:
-        ValueError: a marker is missing.
-    """
-    write_atomically(path, _with_table(Path(path), store).encode())
-
-
-def readme_is_current(path: str | os.PathLike[str], store: Store | None = None) -> bool:
-    """Return whether the verdict table in a file is what `write_readme` would write."""
-    return Path(path).read_text(encoding="utf-8") == _with_table(Path(path), store)
-
-
-def _with_table(path: Path, store: Store | None) -> str:
-    text = path.read_text(encoding="utf-8")
-    begin, end = MARKERS
-    if begin not in text or end not in text.split(begin, 1)[1]:
-        raise ValueError(f"{path} must have the lines {begin} and {end}, in this order")
-    before, rest = text.split(begin, 1)
-    after = rest.split(end, 1)[1]
-    return f"{before}{begin}\n{_verdicts(verdict_table(store))}\n{end}{after}"
-
-
-def _verdicts(table: pd.DataFrame) -> str:
-    """Return what the README says of the claims: how many came out how, the headline of each notebook, then all."""
-    papers = claims.load_all()
-    counts = table.verdict.value_counts()
-    count = ", ".join(f"**{word}** {counts.get(word, 0)}" for word in WORDS)
-    undecided = table["measured here"].str.endswith(UNDECIDED).sum()
-    linked = table.assign(notebook=[f"[{name}](notebooks/{name}.ipynb)" for name in table.notebook])
-    return "\n".join(
-        [
-            f"{sum(len(paper.claims) for paper in papers)} claims, {len(table)} verdicts, as some claims are put to "
-            f"the test in several settings: {count}. Of those that do not hold here, {undecided} are undecided: no "
-            "interval lies wholly on either side of its bound. The main claim of each notebook:\n",
-            markdown(linked.loc[headlines(table).index].drop(columns="setting")),
-            f"\n<details><summary>All {len(table)} verdicts, with their settings</summary>\n",
-            markdown(linked),
-            "\n</details>",
-        ]
-    )

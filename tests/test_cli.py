@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,13 +54,15 @@ def test_list_shows_notebooks_claims_and_verdicts(repository: Path) -> None:
     assert "not tested here" in shown.stdout
 
 
-def test_report_writes_the_readme_only_when_asked(repository: Path) -> None:
-    readme = repository / "README.md"
-    readme.write_text("<!-- verdicts:begin -->\n<!-- verdicts:end -->\n")
+def test_report_writes_the_pages_only_when_asked(repository: Path) -> None:
+    shutil.copytree(Path(__file__).parents[1] / "notebooks", repository / "notebooks", dirs_exist_ok=True)
+    pages = repository / "README.md", repository / "notebooks" / "01_spp.ipynb"
+    pages[0].write_text("<!-- verdicts:begin -->\n<!-- verdicts:end -->\n")
     assert call("report").exit_code == 0
-    assert "not tested here" not in readme.read_text()
+    assert not any("not tested here** 5" in page.read_text() for page in pages)
     assert call("report", "--write").exit_code == 0
-    assert "not tested here" in readme.read_text()
+    assert "| **not tested here** |" in pages[0].read_text()
+    assert "**not tested here** 5." in pages[1].read_text()
 
 
 def test_doctor_finds_a_damaged_store_and_a_missing_folder(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The rule that turns rows into a word, checked by hand, and the table in the README."""
+"""The rule that turns rows into a word, checked by hand, and the table of all verdicts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from prunelab import claims, report
 from prunelab.claims import METRICS, Claim
 from prunelab.experiments import Row, Store
 
-README = Path(__file__).parents[1] / "README.md"
 BETTER = Claim("id", "a beats b", "better", "a", ("b",))
 NOT_WORSE = replace(BETTER, rule="not worse", margin=1.0, controls=("dense",))
 
@@ -231,35 +230,3 @@ def test_settings_other_than_the_recorded_ones_are_found_in_the_store(tmp_path: 
     assert ours.verdict.tolist()[:3] == ["does not hold here"] * 3  # all equal, at the budget that all arms have
     recorded = report.verdict_table(store)
     assert set(recorded[recorded.notebook == "02_filter_pruning"].verdict) == {"not tested here"}
-
-
-def test_the_readme_is_rewritten_between_its_markers_only(tmp_path: Path) -> None:
-    path, store = tmp_path / "README.md", Store(tmp_path)
-    begin, end = report.MARKERS
-    path.write_text(f"before\n{begin}\noutdated\n{end}\nafter\n")
-    assert not report.readme_is_current(path, store)
-    report.write_readme(path, store)
-    text = path.read_text()
-    table = report.verdict_table(store)
-    papers = claims.load_all()
-    verdicts, claimed = len(table), sum(len(paper.claims) for paper in papers)
-    assert text.startswith(f"before\n{begin}\n{claimed} claims, {verdicts} verdicts, as some claims")
-    assert f": **holds** 0, **holds in part** 0, **does not hold here** 0, **not tested here** {verdicts}." in text
-    assert all(text.count(f"](notebooks/{name}.ipynb) |") == 1 + n for name, n in table.notebook.value_counts().items())
-    assert text.endswith(f"{end}\nafter\n")
-    assert "outdated" not in text
-    assert report.readme_is_current(path, store)
-    path.write_text(text.replace("not tested here", "holds", 1))
-    assert not report.readme_is_current(path, store)
-
-
-def test_a_readme_without_markers_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "README.md"
-    path.write_text(report.MARKERS[1] + report.MARKERS[0])
-    with pytest.raises(ValueError, match="must have the lines"):
-        report.write_readme(path, Store(tmp_path))
-
-
-def test_the_readme_of_this_repository_is_current() -> None:
-    recorded_here = Store(README.parent / "results")
-    assert report.readme_is_current(README, recorded_here), "run: prunelab report --write"
