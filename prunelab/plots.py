@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Mapping
-from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ from matplotlib.ticker import NullLocator
 from numpy.typing import ArrayLike, NDArray
 
 from prunelab._files import write_atomically
-from prunelab.report import Verdict, interval
+from prunelab.report import Verdict, budget_name, interval
 from prunelab.structure import ChannelSpace, Plan
 
 FIGURES = Path(__file__).resolve().parents[1] / "figures"
@@ -163,7 +162,7 @@ def accuracy_against_macs(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
         aside = 2 ** (step * (place - (len(arms) - 1) / 2))  # side by side, not on top of each other
         _curve(ax, rows[rows.arm == arm], look(arm), aside)
     ax.set_xscale("log", base=2)
-    ax.set_xticks(budgets, [_fraction(budget) for budget in budgets])
+    ax.set_xticks(budgets, [budget_name(budget) for budget in budgets])
     ax.xaxis.set_minor_locator(NullLocator())
     ax.invert_xaxis()
     ax.set(xlabel="MACs kept", ylabel=f"{_metric_name('test_tuned')} (%)")
@@ -218,7 +217,7 @@ def accuracy_panels(rows: pd.DataFrame, title: str) -> Figure:
     figure, panels = plt.subplots(1, len(budgets), figsize=size, sharey=True, squeeze=False)
     for budget, ax in zip(budgets, panels[0], strict=True):
         accuracy_by_arm(pd.concat([dense, others[others.macs == budget]]), ax)
-        ax.set_title(f"{_fraction(budget)} of the MACs")
+        ax.set_title(f"{budget_name(budget)} of the MACs")
     for ax in panels[0, 1:]:
         ax.set_xlabel("")
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
@@ -241,10 +240,6 @@ def _legend(ax: Axes, labels: Mapping[str, str]) -> None:
         for colour, marker in [look(arm)]
     ]
     ax.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5))
-
-
-def _fraction(budget: float) -> str:
-    return str(Fraction(budget).limit_denominator(100))
 
 
 def _metric_name(metric: str) -> str:
@@ -272,7 +267,7 @@ def paired_differences(verdict: Verdict, labels: Mapping[str, str], ax: Axes | N
         ax.hlines(place, row["low"], row["high"], color=colour, linewidth=2)
         face = colour if row["passed"] else "white"
         ax.plot(row["mean"], place, "o", markersize=7, color=colour, markerfacecolor=face)
-        names.append(f"{labels[row['control']]}, {_fraction(row['macs'])}")
+        names.append(f"{labels[row['control']]}, {budget_name(row['macs'])}")
     ax.set_yticks(range(len(found)), names)
     ax.set_ylim(len(found) - 0.5, -0.5)
     ax.grid(axis="y", visible=False)

@@ -239,14 +239,19 @@ def accuracy_table(rows: pd.DataFrame) -> pd.DataFrame:
         "test_recalibrated": "batch norm recalibrated",
         "test_tuned": "retrained",
     }
-    budgets = [str(Fraction(macs).limit_denominator(100)) for macs in rows.macs]
-    table = rows.groupby(["label", budgets], sort=False)[list(stages)].agg(_with_interval)
+    table = rows.groupby(["label", rows.macs.map(budget_name)], sort=False)[list(stages)].agg(_with_interval)
     return table.rename(columns=stages).rename_axis(["arm", "MACs kept"])
 
 
 def _with_interval(values: pd.Series[float]) -> str:
     mean, low, high = interval(values.to_numpy())
     return f"{mean:.1f}" if np.isnan(high) else f"{mean:.1f} ± {(high - low) / 2:.1f}"
+
+
+def budget_name(fraction: float) -> str:
+    """Return a budget in (0, 1] as people say it: "1/4", or "30.4%" where no simple fraction is the same."""
+    simple = Fraction(fraction).limit_denominator(16)
+    return str(simple) if round(float(simple), 4) == round(fraction, 4) else f"{100 * fraction:.3g}%"
 
 
 def verdict_table(store: Store | None = None, *, recorded: bool = True) -> pd.DataFrame:
@@ -316,7 +321,9 @@ def _line(paper: Paper, claim: Claim, experiments: Cells, known: Mapping[str, Ro
     number = str(paper.headline) if claim.headline and paper.headline else ""
     some = next(iter(experiments.values()))
     after = f" after {some.pretrained}" if some.pretrained else ""
-    setting = f"{some.model} on {images_of(rows) or some.dataset}{after}, {some.effort}"
+    budgets = ", ".join(map(budget_name, decided.differences.macs.unique()))
+    at = f", at {budgets}" if budgets else ""
+    setting = f"{some.model} on {images_of(rows) or some.dataset}{after}, {some.effort}{at}"
     seeds = int(decided.differences.seeds.min()) if len(decided.differences) else 0
     minutes = round(rows.seconds.sum() / 60, 1) if len(rows) else 0.0
     measured = decided.summary, decided.interval, decided.word

@@ -193,7 +193,8 @@ def test_the_table_reads_the_store_and_computes_nothing(tmp_path: Path) -> None:
     assert regained["paper's number"].startswith("6.6 % (VGG-16-A")
     assert smallest["paper's number"] == ""
     assert smallest.seeds == 5
-    assert smallest.setting == "convnet-bn on cifar10 (JPEG), brief"
+    assert smallest.setting == "convnet-bn on cifar10 (JPEG), brief, at 1/2, 1/4, 1/8"
+    assert regained.setting == "convnet-bn on cifar10 (JPEG), brief, at 1/2"
     assert smallest.minutes == 10.0  # 2 arms x 3 budgets x 5 seeds x 20 s
     assert set(table.verdict[table.notebook == "01_spp"]) == {"not tested here"}
 
@@ -206,6 +207,14 @@ def test_recorded_rows_are_the_repositorys_whatever_the_store(tmp_path: Path, mo
     assert set(rows.label) == set(paper.labels.values())
     assert report.recorded(replace(paper, setting=replace(paper.setting, model="vgg19"))).empty
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("fraction", "name"),
+    [(0.5, "1/2"), (0.1667, "1/6"), (0.1, "1/10"), (1.0, "1"), (0.66, "66%"), (0.3042, "30.4%"), (0.042, "4.2%")],
+)
+def test_budgets_are_called_by_their_simple_fractions(fraction: float, name: str) -> None:
+    assert report.budget_name(fraction) == name
 
 
 def test_settings_other_than_the_recorded_ones_are_found_in_the_store(tmp_path: Path) -> None:
@@ -226,7 +235,10 @@ def test_settings_other_than_the_recorded_ones_are_found_in_the_store(tmp_path: 
         store.add(row | dict.fromkeys(METRICS, 90.0))
     table = report.verdict_table(store, recorded=False)
     ours = table[table.notebook == "02_filter_pruning"]
-    assert set(ours.setting) == {"convnet-bn on digits, smoke"}
+    assert ours.setting.iloc[0] == "convnet-bn on digits, smoke, at 3/10"
+    about_a_half = ours.setting == "convnet-bn on digits, smoke, at 1/2"  # as these claims say themselves
+    assert set(ours.setting[~about_a_half]) == {ours.setting.iloc[0]}
+    assert set(ours.verdict[about_a_half]) == {"not tested here"}
     assert ours.verdict.tolist()[:3] == ["does not hold here"] * 3  # all equal, at the budget that all arms have
     recorded = report.verdict_table(store)
     assert set(recorded[recorded.notebook == "02_filter_pruning"].verdict) == {"not tested here"}
