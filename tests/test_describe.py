@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prunelab import models, plots
-from prunelab.structure import Budget, ChannelSpace, ColumnSpace
+from prunelab.structure import Budget, ChannelSpace, ColumnSpace, RowColumnSpace
 
 
 class Residual(nn.Module):
@@ -132,6 +132,15 @@ def test_columns_have_no_neighbours() -> None:
     space = ColumnSpace(net, torch.zeros(1, 1, 4, 4))
     (row,) = space.describe(space.plan({"0": [0, 3]})).to_dict("records")
     assert row == {"group": "0", "size": 4, "macs_per_unit": 36, "kept": 2, "removed": 2, "removed_units": [1, 2]}
+
+
+def test_filters_beside_columns_have_theirs() -> None:
+    rows, both = residual(), RowColumnSpace(Residual(), torch.zeros(1, 3, 8, 8))
+    where = ["group", "size", "written_by", "through", "read_by", "tied_by"]
+    filters, columns = both.describe()[where].iloc[:2], both.describe()[where].iloc[2:]
+    pd.testing.assert_frame_equal(filters, rows.describe()[where])
+    assert columns.group.tolist() == ["stem columns", "block.conv1 columns", "block.conv2 columns"]
+    assert (columns[where[2:]] == "").all(axis=None)
 
 
 def test_macs_per_unit_are_what_a_plan_without_it_saves() -> None:

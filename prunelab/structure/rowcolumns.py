@@ -135,6 +135,11 @@ class RowColumnSpace(Space):
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
+    def _connections(self) -> dict[str, list[str]]:
+        """Say of filters where they are, as `ChannelSpace` does; columns are where the name says."""
+        none = [""] * len(self.columns.groups)
+        return {column: [*where, *none] for column, where in self.rows._connections().items()}
+
     def _row_plan(self, plan: Plan) -> Plan:
         return self.rows.plan({group.name: plan.keep[group.name] for group in self.rows.groups})
 
