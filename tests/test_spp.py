@@ -121,6 +121,14 @@ def test_several_units_that_reach_one_together_go_weakest_first_and_stop_at_the_
     assert layer.p == pytest.approx([0.99, 1.0, 1.0, 0.99])  # the third stays, and p = 1 would scale it to zero
 
 
+def test_no_margin_aims_at_the_last_unit() -> None:
+    """Of four, three must go, and a margin of a half aims at five: the best of them is still not punished."""
+    layer = PruningProbability(4, 3, SPP(margin=0.5))
+    layer.update(np.array([1.0, 2.0, 3.0, 4.0]))
+    np.testing.assert_allclose(layer.p, increment(np.arange(4.0), 3), atol=1e-12)
+    assert layer.p[2] > layer.p[3] == pytest.approx(0, abs=1e-12)
+
+
 def test_forced_finish_takes_the_likeliest_and_of_equals_the_weaker() -> None:
     layer = PruningProbability(5, 3, SPP())
     layer.update(np.array([0.0, 5.0, 3.0, 4.0, 9.0]))
