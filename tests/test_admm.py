@@ -59,10 +59,11 @@ def test_a_projection_by_hand() -> None:
     assert plan.keep["a"] == (0,)
     assert columns.masked(columns.weights, plan)[0].flatten(1).tolist() == [[3, 0, 0], [0, 0, 0], [1, 0, 0], [2, 0, 0]]
     both = Projection(RowColumnSpace(net, EXAMPLE.double()))
-    # of all four filters column 1 has √14, of the first two columns 1 and 3 have 3 and √5
+    set_weight(net.a, [[3, 0, 0], [0, 1, 3], [0, 2, 0], [0, 2, 0]])
+    # of all four filters the columns have 3, 3 and 3; of the first two, which stay, 3, 1 and 3
     plan = both.plan(both.weights, np.array([2, 3, 2, 4]))
     assert plan.keep["a"] == (0, 1) and plan.keep["a columns"] == (0, 2)
-    assert both.masked(both.weights, plan)[0].flatten(1).tolist() == [[3, 0, 1], [0, 0, 2], [0, 0, 0], [0, 0, 0]]
+    assert both.masked(both.weights, plan)[0].flatten(1).tolist() == [[3, 0, 0], [0, 0, 3], [0, 0, 0], [0, 0, 0]]
 
 
 ROWS, COLUMNS = Projection(ChannelSpace(two(), EXAMPLE.double())), Projection(ColumnSpace(two(), EXAMPLE.double()))
@@ -141,6 +142,8 @@ def test_the_updates_by_hand() -> None:
     z = first.clone()
     z[2:] = 0
     assert torch.equal(hook.z[0].flatten(1), z) and not hook.dual[0].any()  # Z = Π(W), U = 0
+    everything = torch.cat([net.a.weight.detach().flatten(), net.b.weight.detach().flatten()])
+    assert hook.residuals == [pytest.approx(float((first - z).norm() / everything.norm()))]
     net.a.weight.grad, net.b.weight.grad = torch.ones_like(net.a.weight), torch.zeros_like(net.b.weight)
     hook.after_gradients(state)
     torch.testing.assert_close(net.a.weight.grad.flatten(1), 1 + 0.5 * (first - z))
@@ -159,6 +162,23 @@ def test_the_updates_by_hand() -> None:
     net.a.weight.grad = torch.zeros_like(net.a.weight)
     hook.after_gradients(state)
     torch.testing.assert_close(net.a.weight.grad.flatten(1), 0.65 * (moved - z + moved - z))
+    state.step = 3
+    hook.after_step(state)  # of W + U the norms are √10, √32, √48, √32: what had gone may return
+    assert hook.z[0].flatten(1).tolist() == [[0, 0, 0], [0, 4, 4], [4, 4, 4], [0, 0, 0]]
+
+
+def test_old_zeros_stay_through_every_step() -> None:
+    net = two()
+    space = RowColumnSpace(net, EXAMPLE.double())
+    present = space.plan({"a": [0, 1, 3], "a columns": [0, 2]})
+    hook = ADMM(Projection(space, present), np.array([2, 3, 2, 4]), rho=0.5, growth=1.3, updates=1)
+    state = state_of(net)
+    hook.start(state)
+    with torch.no_grad():
+        net.a.weight.add_(1)  # as momentum may move them
+    hook.after_step(state)
+    found = net.a.weight.detach()
+    assert not found[2].any() and not found[:, 1].any() and found[[0, 1, 3]][:, [0, 2]].all()
 
 
 def test_the_gradient_is_that_of_the_penalty() -> None:

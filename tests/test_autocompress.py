@@ -62,6 +62,11 @@ def test_actions_meet_the_target_within_one_unit_and_grow_with_the_layer(unit: s
         rates = actions.neighbour(rates, 0.35, draw)
 
 
+@pytest.mark.parametrize(("fraction", "rounds"), [(0.9, 1), (0.5, 1), (0.4, 1), (0.3, 2), (0.25, 2), (0.125, 3)])
+def test_each_round_about_halves_the_cost(fraction: float, rounds: int) -> None:
+    assert AutoCompress().rounds_to(ANNEALED, Budget(fraction, "conv")) == rounds
+
+
 @pytest.mark.parametrize("budget", [Budget(0.9), Budget(0.9, "conv"), Budget(parameters=0.9)], ids=str)
 def test_each_round_can_remove_a_unit_by_the_budgets_own_measure(budget: Budget) -> None:
     space = space_for("filters")
@@ -159,6 +164,20 @@ def test_worse_actions_are_accepted_as_often_as_the_formula_says() -> None:
     assert len(chances) > 40
     spread = math.sqrt(sum(p * (1 - p) for p in chances))
     assert abs(sum(accepted) - sum(chances)) < 3 * spread
+
+
+def test_changes_shrink_with_the_temperature() -> None:
+    bounds = []
+
+    class Noted(np.random.Generator):
+        def uniform(self, low: Any = 0.0, high: Any = 1.0, size: Any = None) -> Any:
+            bounds.append(high)
+            return super().uniform(low, high, size)
+
+    settings = AutoCompress(evaluations=4, start_temperature=8.0, stop_temperature=1.0, perturbation=0.4)
+    actions = Actions(ANNEALED, ANNEALED.plan({}), Budget(0.4, "conv"))
+    anneal(actions, lambda plan: 50.0, settings, Noted(np.random.PCG64(0)))
+    assert bounds == pytest.approx([1.0, 0.2, 0.1, 0.05])  # T is 8, 4, 2, 1; the first is drawn from U(0, 1)
 
 
 def test_the_search_finds_better_rates_than_its_first() -> None:
@@ -261,6 +280,11 @@ def test_strength_by_hand() -> None:
     torch.testing.assert_close(found[0], torch.tensor(32 / 31.5))  # read by columns of norm 1 in a mean of 31.5/32
     torch.testing.assert_close(found[1], torch.tensor(32 / 40))
     torch.testing.assert_close(found[5], torch.tensor(0.5 * 32 / 31.5))
+    present = space.plan({"conv1": range(16)})
+    space.apply_gates(net, space.gates(present))
+    found = strength(space, present)
+    torch.testing.assert_close(found[1], torch.tensor(16 / 24))  # the mean is that of the filters that are there
+    assert not found[16:32].any()
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -292,6 +316,15 @@ def test_purification_stops_at_epsilon_or_at_the_budget() -> None:
     assert run(0.0, budget=0.3)[0] == pytest.approx(60, abs=0.3)
     assert 54 <= run(math.inf, budget=0.55)[0] <= 55
     assert 60 * 0.99**16 - 1 <= run(math.inf, budget=0.1)[0] <= 60 * 0.99**16
+
+
+def test_purification_may_cost_just_epsilon() -> None:
+    space = space_for("columns")
+    present = space.plan_for(space.scores("l2"), Budget(0.6, "conv"))
+    accuracies = iter([70.0, 69.5, 69.0, 68.9])
+    _, plan, report = purify(space, present, Budget(0.1, "conv"), lambda plan: next(accuracies), epsilon=1.0)
+    assert report["before"] == 70 and report["after"] == 69
+    assert space.macs(plan, "conv") / space.macs(scope="conv") == pytest.approx(0.6 * 0.99**2, abs=0.002)
 
 
 # -- the method -------------------------------------------------------------------------------------------------------
@@ -350,6 +383,16 @@ def test_without_evaluations_rates_are_uniform(trained: nn.Module, context: Cont
     assert pruned.history["actions"] == [[]]
     (rates,) = pruned.history["rates"]
     assert max(rates.values()) - min(rates.values()) < 3 / 32
+
+
+def test_what_is_pruned_to_is_the_best_action(trained: nn.Module, context: Context) -> None:
+    pruned = compressed(trained, context, 0.5, evaluations=8, unit="filters", purification=False)
+    (tried,), (rates,) = pruned.history["actions"], pruned.history["rates"]
+    best = max(tried, key=lambda action: action.accuracy)
+    assert best is not tried[-1]
+    space = space_of("filters", trained, context.data.example)
+    actions = Actions(space, space.plan({}), Budget(0.5, "conv"))
+    assert [*rates.values()] == pytest.approx(1 - actions.widths(best.rates) / actions.most)
 
 
 def test_the_search_sees_validation_images_only(trained: nn.Module, context: Context) -> None:

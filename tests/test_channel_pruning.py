@@ -62,6 +62,13 @@ def choose(reader: Reconstruction, count: int, selection: Selection = "lasso", c
     return ChannelPruning(selection=selection).select([reader], channels, count)
 
 
+def test_responses_are_compared_by_their_sum() -> None:
+    """Σ|w|: 4 of four ones, 3 of a single weight whose norm is the larger."""
+    reader, _ = problem(0, channels=2, outputs=2)
+    reader.weight = torch.tensor([[1.0, 1.0, 3.0, 0.0], [1.0, 1.0, 0.0, 0.0]], dtype=torch.float64)
+    assert choose(reader, 1, "max response", channels=2) == [0]
+
+
 # -- moments and least squares ----------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass, field
 from functools import cache
 
 import pytest
@@ -13,7 +14,7 @@ from prunelab import cost, data, models
 from prunelab.methods import METHODS, Pruned, build
 from prunelab.methods.base import SPACES
 from prunelab.structure import Budget, ChannelSpace
-from prunelab.training import Context, Recipe, fit
+from prunelab.training import Context, History, Hook, Recipe, fit
 
 NETWORKS = {"convnet-bn": 0.5, "resnet20": 0.5}  # name -> width
 BUDGET = Budget(0.5, "conv")
@@ -68,6 +69,32 @@ def test_the_network_is_what_the_plan_leaves(method: str) -> None:
     space = next(space for space in SPACES.values() if space.kind == found.plan.space)(net, context.data.example)
     shapes = {key: tensor.shape for key, tensor in space.shrink(found.plan).state_dict().items()}
     assert {key: tensor.shape for key, tensor in found.net.state_dict().items() if key in shapes} == shapes
+
+
+@dataclass(frozen=True)
+class Noted(Context):
+    """A context that notes the seed of every training."""
+
+    seeds: list[int | None] = field(default_factory=list)
+
+    def train(self, net: nn.Module, recipe: Recipe, hook: Hook, label: str, seed: int | None = None) -> History:
+        self.seeds.append(seed)
+        return super().train(net, recipe, hook, label, seed)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "count"),
+    [
+        ("hrank", {"g": 64}, 3),  # layers
+        ("slimming", {"passes": 2}, 2),
+        ("autocompress", {"rounds": 2, "evaluations": 1, "updates": 1}, 4),  # in a round ADMM, and what is left
+    ],
+)
+def test_no_training_repeats_the_batches_of_another(method: str, settings: dict[str, object], count: int) -> None:
+    net, context = trained("convnet-bn")
+    noted = Noted(**vars(context))
+    build(method, **settings)(net, BUDGET, noted)
+    assert len(noted.seeds) == len(set(noted.seeds)) == count
 
 
 @methods

@@ -418,6 +418,29 @@ def test_alpha_descends_on_the_cross_entropy_and_a_tenth_of_the_budget_loss(targ
     assert min(of_task.norm(), 0.1 * of_budget.norm()) > 0.01 * chains.alpha.grad.norm()  # neither is lost in the other
 
 
+def test_alpha_moves_by_nesterovs_momentum_without_decay(digits: Data) -> None:
+    """Of the speed v and the gradient g: v ← 0.9·v + g, then α ← α − lr·(g + 0.9·v)."""
+    space = ChannelSpace(build("convnet-bn", shape=digits.shape, seed=0, width=0.25), digits.example)
+    search = Search(Supernet(space), random_chains(space.sizes), ExpectedCost(space, Budget(0.5)), 0.5, DMCP(warmup=0))
+    alpha, speed = search.chains.alpha.detach().clone(), torch.zeros_like(search.chains.alpha)
+    moved: list[Tensor] = []
+
+    def follow(state: State) -> None:
+        if not search.alpha_steps:
+            return
+        gradient = search.chains.alpha.grad
+        assert gradient is not None
+        speed.mul_(0.9).add_(gradient)
+        alpha.sub_(search.optimizer.param_groups[0]["lr"] * (gradient + 0.9 * speed))
+        moved.append(search.chains.alpha.detach() - alpha)
+
+    search.before_step = follow  # type: ignore[method-assign]
+    recipe = Recipe(6 * 64 / len(digits.train.labels), lr=0.01, batch_size=64)
+    fit(search.supernet, digits, recipe, seed=0, hook=search, progress=False)
+    assert len(moved) >= 4 and max(float(gap.abs().max()) for gap in moved) < 1e-12
+    assert speed.abs().max() > 0
+
+
 def test_the_rate_of_alpha_falls_from_a_half_to_a_tenth(digits: Data) -> None:
     space = ChannelSpace(build("convnet-bn", shape=digits.shape, seed=0, width=0.25), digits.example)
     search = Search(Supernet(space), Chains(space.sizes), ExpectedCost(space, Budget(0.5)), 0.5, DMCP())

@@ -203,6 +203,16 @@ def test_training_ends_when_the_validation_loss_has_not_fallen(monkeypatch: pyte
     assert run.epochs == 6  # the fifth and sixth losses are not below the fourth
 
 
+def test_a_training_knows_nothing_of_the_one_before() -> None:
+    images, net = load("digits"), build("convnet-bn", shape=(1, 8, 8), width=0.1, seed=0)
+    state = State(net, torch.optim.SGD(net.parameters(), 0.1), step=0, steps=9, steps_per_epoch=1)
+    hook = EarlyStopping(images, 1)
+    hook.best, hook.waited = 0.0, 1
+    hook.start(state)
+    hook.after_step(state)
+    assert hook.best > 0 and not state.stop
+
+
 def test_the_validation_loss_is_the_mean_and_leaves_the_mode() -> None:
     images, net = load("digits"), build("convnet-bn", shape=(1, 8, 8), width=0.1, seed=0).train()
     state = State(net, torch.optim.SGD(net.parameters(), 0.1), step=0, steps=9, steps_per_epoch=1)
@@ -315,6 +325,9 @@ def test_fresh_weights_keep_the_units_alone(trained: tuple[nn.Module, Context]) 
     )
     again = pruned(trained, 0.7, weights="fresh", j=0.5)
     assert all(torch.equal(a, b) for a, b in zip(fresh.net.parameters(), again.net.parameters(), strict=True))
+    initial, whole = trained[1].initial, pruned(trained, 1.0, weights="fresh").net
+    assert initial is not None  # and of the same shapes: another seed has to draw these
+    assert not torch.equal(whole.get_parameter("conv1.weight"), initial.get_parameter("conv1.weight"))
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------

@@ -246,6 +246,21 @@ def test_the_penalty_alone_takes_to_zero_what_the_budget_does(
         assert after[gone].max() <= 1.01 * hook.strengths[0][0] * recipe.lr + ZERO * math.sqrt(32)
 
 
+def test_columns_that_go_with_their_channel_need_no_penalty(digits: data.Data) -> None:
+    net = models.build("convnet-bn", shape=digits.shape, seed=0, width=0.5)
+    with torch.no_grad():
+        net.get_parameter("conv1.weight")[3] *= 1e-3  # goes, and with it
+        net.get_parameter("conv2.weight")[:, 3] = 10.0  # the longest columns of all
+    found = RowColumnSpace(net, digits.example)
+    method = build("ssl", unit="filters+columns", ranking="layer")
+    plan, longest = Pressure(found, penalised(found, ("filters", "columns")), method, HALF).look()
+    norms = found.scores("l2")["conv2 columns"]
+    lost = {*range(16 * 25)} - {*plan.keep["conv2 columns"]}
+    of_others = [norms[column] for column in lost if column // 25 in plan.keep["conv1"]]
+    assert 3 not in plan.keep["conv1"] and of_others
+    assert longest[[group.name for group in found.groups].index("conv2 columns")] == max(of_others) < 10
+
+
 def test_small_weights_become_zero_after_every_update(convnet: nn.Module, digits: data.Data) -> None:
     class Watched(Pressure):
         zeros = 0
