@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from prunelab import __version__
@@ -64,7 +65,7 @@ def list_() -> None:
     for path in _notebooks():
         own = verdicts[verdicts.notebook == path.stem]
         for place, (claim, word) in enumerate(zip(own.claim, own.verdict, strict=True)):
-            table.add_row("" if place else path.stem, claim, _coloured(word))
+            table.add_row("" if place else path.stem, escape(claim), _coloured(word))
         if own.empty:
             table.add_row(path.stem, "", "")
     console.print(table)
@@ -177,7 +178,7 @@ def verify(
         setting = f"{experiment.model} on {experiment.dataset}, {experiment.effort}, {experiment.macs:g} of the MACs"
         numbers = f"{recorded:.2f}", f"{new:.2f}", f"±{allowed:.2f}"
         word = f"[{'red' if words[-1] == 'differs' else 'green'}]{words[-1]}[/]"
-        table.add_row(experiment.method, setting, str(experiment.seed), *numbers, word)
+        table.add_row(experiment.method, escape(setting), str(experiment.seed), *numbers, word)
     console.print(table)
     console.print(", ".join(f"{words.count(word)} {word}" for word in ("identical", "close", "differs")), end="")
     console.print(f": {len(wanted)} of {len(keys)} recorded rows")
@@ -211,7 +212,7 @@ def doctor() -> None:
     healthy = True
     for what, found, well in _findings():
         healthy &= well
-        table.add_row(what, found, "[green]ok[/]" if well else "[red]problem[/]")
+        table.add_row(what, escape(found), "[green]ok[/]" if well else "[red]problem[/]")
     console.print(table)
     if not healthy:
         raise typer.Exit(1)
@@ -311,8 +312,8 @@ def _show(verdicts: pd.DataFrame) -> None:
     """Print what fits on a screen; the README has every column."""
     shown = verdicts[["notebook", "claim", "measured here", "verdict", "setting"]]
     table = Table(*shown.columns)
-    for line in shown.assign(verdict=shown.verdict.map(_coloured)).to_numpy():
-        table.add_row(*line)
+    for *text, word, setting in shown.to_numpy():
+        table.add_row(*map(escape, text), _coloured(word), escape(setting))
     console.print(table)
 
 

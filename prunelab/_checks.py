@@ -99,6 +99,13 @@ def check_trainable(name: str, weights: Iterable[Tensor]) -> None:
         raise ValueError(f"{name}: a layer that it prunes is frozen; each needs a weight with requires_grad=True")
 
 
+def gradient(name: str, weight: Tensor) -> Tensor:
+    """Return the gradient of a weight that a method prunes; ValueError if there is none."""
+    if weight.grad is None:
+        raise ValueError(f"{name}: a layer that it prunes has no gradient: the loss does not depend on it")
+    return weight.grad
+
+
 def check_shares(name: str, shares: object, legal: Legal) -> None:
     """Check a mapping {group: share}, or None; ValueError names it, or the group."""
     of_groups = Legal(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prunelab._arrays import Ints
-from prunelab._checks import check_trainable
+from prunelab._checks import check_trainable, gradient
 from prunelab.masks import Masks
 from prunelab.structure import ChannelSpace, ColumnSpace, Plan, RowColumnSpace, Space
 from prunelab.structure.space import open_ended
@@ -129,8 +129,7 @@ class ADMM(Masks):
     def after_gradients(self, state: State) -> None:
         """Add the gradient of the quadratic penalty."""
         for weight, z, u in zip(self.projection.weights, self.z, self.dual, strict=True):
-            assert weight.grad is not None
-            weight.grad.add_(weight - z + u, alpha=self.rho)
+            gradient("ADMM", weight).add_(weight - z + u, alpha=self.rho)
 
     @torch.no_grad()
     def after_step(self, state: State) -> None:

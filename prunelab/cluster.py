@@ -30,7 +30,17 @@ import torch
 from tqdm.auto import tqdm
 
 from prunelab._checks import check, integer
-from prunelab.experiments import Experiment, Row, Store, base_network, compute, missing, recorded, untrained
+from prunelab.experiments import (
+    Experiment,
+    Row,
+    Store,
+    base_network,
+    check_all_ran,
+    compute,
+    missing,
+    recorded,
+    untrained,
+)
 
 try:
     import dask
@@ -183,11 +193,7 @@ def _fill(store: Store, lacking: Sequence[Experiment], client: Client, retries: 
                 store.add(row)
     finally:
         client.cancel(everything)
-    if failed:
-        reasons = "\n".join(f"{experiment}: {type(error).__name__}: {error}" for experiment, error in failed.items())
-        raise RuntimeError(
-            f"{len(failed)} of {len(lacking)} experiments failed, the others' rows are in {store.folder}:\n{reasons}"
-        ) from next(iter(failed.values()))
+    check_all_ran(failed, lacking, store)
 
 
 def _resources(client: Client) -> dict[str, int]:

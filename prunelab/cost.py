@@ -189,6 +189,7 @@ def _calls(net: nn.Module, example: Tensor) -> list[_Call]:
     with ExitStack() as stack:
         stack.enter_context(evaluating(net))
         stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.device("meta"))  # where a forward makes constants, too
         stack.enter_context(_ShapesOnly())
         for layer in net.modules():  # in which a hook, such as spectral_norm's, may leave what it has computed
             stack.callback(vars(layer).update, {k: v for k, v in vars(layer).items() if isinstance(v, Tensor)})

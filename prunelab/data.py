@@ -522,7 +522,11 @@ def _decode(path: Path, channels: int, image_size: int | None) -> _Decoded:
     images: dict[tuple[str, str, str], Tensor] = {}
     try:
         for name, content in tqdm(_pictures(path), desc=f"decode {path.name}", unit="image"):
-            image = _fit(_open(content, "/".join(name)).convert("L" if channels == 1 else "RGB"), image_size)
+            picture = _open(content, "/".join(name))
+            if picture.mode not in _MODES:
+                mode = f"{'/'.join(name)} has the mode {picture.mode!r}"
+                raise ValueError(f"{path}: {mode}; pictures must have 8 bits a channel, as {', '.join(_MODES)} have")
+            image = _fit(picture.convert("L" if channels == 1 else "RGB"), image_size)
             if image_size is None and images and image.shape != next(iter(images.values())).shape:
                 image_size = UNEQUAL_SIZE
                 image, images = _resize(image, image_size), {k: _resize(v, image_size) for k, v in images.items()}

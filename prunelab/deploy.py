@@ -103,6 +103,8 @@ def save(
     check("net", net, NETWORK)
     check("plans", plans, Legal("a Plan, or a list of them", lambda given: all(isinstance(p, Plan) for p in given)))
     check("shape", shape, models.IMAGE)
+    if unknown := sorted(arguments.keys() - {"classes", "width"}):
+        raise ValueError(f"unknown argument {', '.join(unknown)}: models.build is given classes and width")
     recipe = {
         "model": model,
         "arguments": arguments,

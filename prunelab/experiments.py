@@ -13,7 +13,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
@@ -124,9 +124,13 @@ class Experiment:
         check_fields(self, "experiment", dataset=name, model=name, parameters=PARAMETERS, pretrained=optional(name))
         object.__setattr__(self, "parameters", tuple(sorted(dict(self.parameters).items())))
         check_fields(self, "experiment", effort=one_of(EFFORTS), seed=integer(0))
-        methods.build(self.method, **dict(self.parameters))
+        method = methods.build(self.method, **dict(self.parameters))
+        floats = {field.name for field in fields(method) if str(field.type).startswith("float")}
+        # 1 and 1.0 are one experiment, with one key, as are the fractions below.
+        pairs = ((n, float(v) if n in floats and isinstance(v, int) else v) for n, v in self.parameters)
+        object.__setattr__(self, "parameters", tuple(pairs))
         Budget(self.macs, self.scope)
-        object.__setattr__(self, "macs", float(self.macs))  # 1 and 1.0 are one experiment, with one key
+        object.__setattr__(self, "macs", float(self.macs))
 
     @classmethod
     def of(cls, row: Row) -> Experiment:
@@ -202,13 +206,14 @@ class Store:
         with FileLock(path.with_suffix(".lock")):
             text = path.read_text() if path.exists() else ""
             if f'"key": "{row["key"]}"' not in text:
+                text += "" if text.endswith("\n") or not text else "\n"  # which an editor may have taken off
                 write_atomically(path, (text + json.dumps(row) + "\n").encode())
 
 
 def run(
     experiments: Iterable[Experiment], *, store: Store | None = None, jobs: int | None = None, progress: bool = True
 ) -> pd.DataFrame:
-    """Return the rows of all experiments, in their order, computing only those that the store lacks.
+    """Return the rows of all experiments, each once, in their order, computing only those that the store lacks.
 
     Args:
         experiments: what to run; dense networks that several share are trained once.
@@ -218,6 +223,7 @@ def run(
 
     Raises:
         ValueError, FileNotFoundError: before any work, if a data set or network is not to be had.
+        RuntimeError: at the end, if experiments failed; they are named. The rows of all others are in the store.
     """
     check("jobs", jobs, optional(integer(1)))
     check("experiments", experiments, Legal("a list of Experiments", lambda given: iter(given) is not None))
@@ -225,13 +231,28 @@ def run(
     lacking = missing(wanted, store)
     bases = untrained(lacking)
     jobs = jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
+    failed: dict[Experiment, Exception] = {}
     with tqdm(total=len(bases) + len(lacking), desc="experiments", disable=not progress or not lacking) as bar:
-        for _ in _side_by_side(base_network, bases, jobs):
+        for base, error in _side_by_side(_into_cache, bases, jobs):
+            failed |= {e: error for e in lacking if e.base == base} if isinstance(error, Exception) else {}
             bar.update()
-        for row in _side_by_side(compute, lacking, jobs):
-            store.add(row)
+        for experiment, row in _side_by_side(compute, [e for e in lacking if e not in failed], jobs):
+            if isinstance(row, Exception):
+                failed[experiment] = row
+            else:
+                store.add(row)
             bar.update()
+    check_all_ran(failed, lacking, store)
     return recorded(wanted, store)
+
+
+def check_all_ran(failed: Mapping[Experiment, Exception], lacking: Sequence[Experiment], store: Store) -> None:
+    """Raise RuntimeError if experiments failed, naming each and the reason."""
+    if failed:
+        reasons = "\n".join(f"{experiment}: {type(error).__name__}: {error}" for experiment, error in failed.items())
+        raise RuntimeError(
+            f"{len(failed)} of {len(lacking)} experiments failed, the others' rows are in {store.folder}:\n{reasons}"
+        ) from next(iter(failed.values()))
 
 
 def missing(experiments: Iterable[Experiment], store: Store) -> list[Experiment]:
@@ -268,13 +289,28 @@ def _check(base: Experiment) -> None:
         models.transfer(*nets)
 
 
-def _side_by_side(function: Callable[[Experiment], T], experiments: Sequence[Experiment], jobs: int) -> Iterable[T]:
-    """Call a function of each experiment, yielding results as they come."""
+def _side_by_side(
+    function: Callable[[Experiment], T], experiments: Sequence[Experiment], jobs: int
+) -> Iterable[tuple[Experiment, T | Exception]]:
+    """Call a function of each experiment, yielding results, or the errors that end a call, as they come."""
     if jobs == 1 or len(experiments) <= 1:
-        return map(function, experiments)
+        return (_attempt(function, experiment) for experiment in experiments)
     parallel = joblib.Parallel(min(jobs, len(experiments)), return_as="generator_unordered", pre_dispatch="all")
-    found: Iterable[T] = parallel(joblib.delayed(function)(experiment) for experiment in experiments)
+    found: Iterable[tuple[Experiment, T | Exception]] = parallel(
+        joblib.delayed(_attempt)(function, experiment) for experiment in experiments
+    )
     return found
+
+
+def _attempt(function: Callable[[Experiment], T], experiment: Experiment) -> tuple[Experiment, T | Exception]:
+    try:
+        return experiment, function(experiment)
+    except Exception as error:
+        return experiment, error
+
+
+def _into_cache(base: Experiment) -> None:
+    base_network(base)  # which would be sent from process to process, were it returned
 
 
 def compute(experiment: Experiment) -> Row:
@@ -405,7 +441,10 @@ def _provenance(images: data.Data) -> Row:
 @cache
 def _code_version() -> str:
     """The package's version, with the commit where it runs from a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--match="]
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():  # a repository further up is another project's
+        return prunelab.__version__
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--match="]
     try:
         commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -21,7 +21,7 @@ from prunelab.reconstruction import Moments, Reconstruction, check_rows
 from prunelab.structure import ChannelSpace
 from prunelab.structure.graph import Product
 from prunelab.structure.space import open_ended
-from prunelab.structure.tracing import trace
+from prunelab.structure.tracing import adds, trace
 
 Key = TypeVar("Key")
 
@@ -213,8 +213,8 @@ class LayerByLayer:
             alone = reader.cut(kept)
             change = reader.solve(kept) if reconstruct else alone
             errors += alone.error, change.error
-            responses = torch.cat([target[node] for node in self.calls[product.module] for target in self.targets])
-            variance += float(responses[:, part.outputs].var(0, correction=0).sum())
+            original = torch.cat([target[node] for node in self.calls[product.module] for target in self.targets])
+            variance += float(original[:, part.outputs].var(0, correction=0).sum())
             layer = _layer(self.space.net, product.module)
             weight = layer.weight.flatten(1).clone()
             weight[part.outputs[:, None], part.inputs] += change.weight.to(weight)
@@ -278,6 +278,8 @@ class Sum:
 
 def added_to(net: nn.Module, call: fx.Node) -> Sum | None:
     """Return what the response of a layer is added to, right behind it or behind its batch norm; None if to nothing."""
+    if not call.users:
+        return None
     last, scale = call, torch.ones(())
     user, *others = last.users
     if not others and user.op == "call_module":
@@ -285,10 +287,10 @@ def added_to(net: nn.Module, call: fx.Node) -> Sum | None:
         if isinstance(norm, BatchNorm):
             last, scale = user, _sigma_over_gamma(norm)
             user, *others = last.users
-    if others or getattr(user.target, "__name__", user.target) not in ("add", "add_", "iadd"):
+    if others or not adds(user):
         return None
-    other = [node for node in user.all_input_nodes if node is not last]
-    return Sum(other[0], scale) if other else None
+    (other,) = (node for node in user.all_input_nodes if node is not last)
+    return Sum(other, scale)
 
 
 def _sigma_over_gamma(norm: BatchNorm) -> Tensor:

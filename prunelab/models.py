@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase as NormBase
 
 from prunelab._checks import POSITIVE, Legal, check, integer, optional
 from prunelab.layers import ZeroPadChannels
@@ -364,6 +365,9 @@ def reinitialise(net: nn.Module, seed: int) -> nn.Module:
         torch.default_generator.manual_seed(seed)
         for module in owners.values():
             module.reset_parameters()
+        for module in net.modules():
+            if isinstance(module, NormBase):  # without parameters, too
+                module.reset_running_stats()
         return net.apply(_initialise).to(device)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -20,12 +21,13 @@ from matplotlib.ticker import NullLocator
 from numpy.typing import ArrayLike, NDArray
 
 from prunelab._files import write_atomically
-from prunelab.report import Verdict, budget_name, interval
+from prunelab.report import UNDECIDED, Verdict, budget_name, interval
 from prunelab.structure import ChannelSpace, Plan
 
 FIGURES = Path(__file__).resolve().parents[1] / "figures"
 SIZE = 6.4, 3.7  # inches; at 160 dpi the width of a README column
 DPI = 160
+TITLE = 64  # characters of a claim in a line, above a figure of that width
 DANGER = 0.1  # a unit that stays although p was once above this has recovered
 
 BLACK, GREY = "#333333", "#999999"
@@ -173,8 +175,8 @@ def accuracy_against_macs(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
 def accuracy_by_arm(rows: pd.DataFrame, ax: Axes | None = None, metric: str = "test_tuned") -> Axes:
     """Draw one line per arm, in the order of the rows: every seed, the mean, and its 95% interval.
 
-    An interval far wider than what was seen is cut off at the frame. From the dense arm, if it is among the rows, a
-    dashed line goes down at its mean, in a band that spans its seeds.
+    An interval far wider than what was seen is cut off at the frame, where an arrowhead says so. From the dense arm, if
+    it is among the rows, a dashed line goes down at its mean, in a band that spans its seeds.
 
     Args:
         rows: as from `report.results`, at one budget.
@@ -188,17 +190,21 @@ def accuracy_by_arm(rows: pd.DataFrame, ax: Axes | None = None, metric: str = "t
         ax.axvspan(dense.min(), dense.max(), color=BLACK, alpha=0.12, linewidth=0)
         ax.axvline(dense.mean(), color=BLACK, linewidth=1, linestyle="--")
     least, most = rows[metric].min(), rows[metric].max()
-    reach, bounds = 0.25 * (most - least), [least, most]
-    for place, arm in enumerate(labels):
-        (colour, marker), values = look(arm), rows[metric][rows.arm == arm].to_numpy()
-        mean, low, high = interval(values)
-        bounds += [low, high]
-        ax.hlines(place, low, high, color=colour, linewidth=1.6)
+    by_arm = {arm: rows[metric][rows.arm == arm].to_numpy() for arm in labels}
+    _, lows, highs = np.transpose([interval(values) for values in by_arm.values()])
+    reach = 0.25 * (most - least)
+    left, right = max(np.nanmin([least, *lows]), least - reach), min(np.nanmax([most, *highs]), most + reach)
+    frame = left - 0.1 * reach, right + 0.1 * reach
+    for place, (arm, values) in enumerate(by_arm.items()):
+        colour, marker = look(arm)
+        ax.hlines(place, lows[place], highs[place], color=colour, linewidth=1.6)
         ax.plot(values, np.full(len(values), place), marker, color=colour, alpha=0.35, markersize=4)
-        ax.plot(mean, place, marker, color=colour, markersize=8)
+        ax.plot(values.mean(), place, marker, color=colour, markersize=8)
+        for end, head, is_cut in zip(frame, "<>", (lows[place] < frame[0], highs[place] > frame[1]), strict=True):
+            if is_cut:
+                ax.plot(end, place, head, color=colour, markersize=6, clip_on=False)
     ax.set_yticks(range(len(labels)), list(labels.values()))
-    left, right = max(np.nanmin(bounds), least - reach), min(np.nanmax(bounds), most + reach)
-    ax.set(xlim=(left - 0.1 * reach, right + 0.1 * reach), ylim=(len(labels) - 0.5, -0.5))
+    ax.set(xlim=frame, ylim=(len(labels) - 0.5, -0.5))
     ax.grid(axis="x", visible=True)
     ax.set_xlabel(f"{_metric_name(metric)} (%)")
     return ax
@@ -251,13 +257,15 @@ def _metric_name(metric: str) -> str:
 def paired_differences(verdict: Verdict, labels: Mapping[str, str], ax: Axes | None = None) -> Axes:
     """Draw each difference of a verdict with its 95% interval, and the bound that it must be clear of.
 
+    Above it stands the claim, and what came of it.
+
     Args:
         verdict: what was decided.
         labels: what to call each arm, as `Paper.labels`.
         ax: where to draw; default new axes.
     """
     found = verdict.differences
-    ax = ax or plt.subplots(figsize=(SIZE[0], 0.9 + 0.34 * len(found)))[1]
+    ax = ax or plt.subplots(figsize=(SIZE[0], 1.2 + 0.34 * len(found)))[1]
     ax.axvline(0, color=BLACK, linewidth=1)
     if verdict.claim.margin:
         ax.axvline(-verdict.claim.margin, color=BLACK, linewidth=1, linestyle="--")
@@ -273,7 +281,8 @@ def paired_differences(verdict: Verdict, labels: Mapping[str, str], ax: Axes | N
     ax.grid(axis="y", visible=False)
     ax.grid(axis="x", visible=True)
     ax.set_xlabel(f"{labels[verdict.claim.treatment]} minus control (points)")
-    ax.set_title(f"{verdict.claim.id}: {verdict.word}{', undecided' if verdict.undecided else ''}")
+    word = f"{verdict.word}, {UNDECIDED}" if verdict.undecided else verdict.word
+    ax.set_title(f"{textwrap.fill(verdict.claim.text, TITLE)}\n→ {word}", fontsize=10)
     return ax
 
 
@@ -369,12 +378,12 @@ def probability_trace(trace: ArrayLike, kept: ArrayLike, ax: Axes | None = None)
     p: NDArray[np.float64] = np.asarray(trace, dtype=float)
     stayed = np.isin(np.arange(p.shape[1]), np.asarray(kept))
     recovered = stayed & (p.max(axis=0) > DANGER)
-    alpha = float(np.clip(30 / p.shape[1], 0.1, 0.8))
     for chosen, colour, label in (
         (~stayed, GREY, "removed"),
         (stayed & ~recovered, SKY, "kept"),
         (recovered, BLUE, f"kept after p > {DANGER}"),
     ):
+        alpha = float(np.clip(30 / max(1, chosen.sum()), 0.1, 0.8))
         ax.plot(p[:, chosen], color=colour, alpha=alpha, linewidth=1)
         ax.plot([], [], color=colour, label=f"{label} ({int(chosen.sum())})")
     ax.set(xlabel="updates of p", ylabel="pruning probability p", ylim=(-0.03, 1.03))

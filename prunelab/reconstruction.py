@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,8 +19,6 @@ from torch import Tensor
 
 BLOCKS = 8  # of columns, of which only those on and above the diagonal of XᵀX are multiplied
 RIDGE = 1e-6  # of the norm of the covariance: products of float32 cannot tell less from zero
-
-Key = TypeVar("Key")
 
 
 class Moments:

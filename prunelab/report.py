@@ -217,6 +217,8 @@ def ranks(rows: pd.DataFrame, metric: str = "test_tuned") -> pd.DataFrame:
     found: list[pd.DataFrame] = []
     for macs, some in rows[rows.method != "dense"].groupby("macs", sort=False):
         accuracy = some.pivot(index="seed", columns="arm", values=metric).dropna()
+        if accuracy.empty:
+            continue
         certain = beats(accuracy).to_numpy()
         table = pd.DataFrame({"macs": macs, "arm": accuracy.columns, "mean": accuracy.mean().to_numpy()})
         table.insert(2, "label", table.arm.map(labels))

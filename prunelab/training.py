@@ -278,6 +278,9 @@ def evaluate(
     """Return the accuracy on a split, in percent: 100 x right answers / images.
 
     The net moves to the data's device; the training mode of every module is kept.
+
+    Raises:
+        ValueError: `net` is no module, or has parameters other than float32; or `data` is no Data.
     """
     check("data", data, instance(Data, "a Data"))
     _place(net, data)  # outside inference mode, whose tensors could not be trained afterwards

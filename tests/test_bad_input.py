@@ -131,6 +131,16 @@ def test_numbers_are_numbers(name: str, field: str, value: object) -> None:
     refused(lambda: maker(**{**legal, field: value}), field)
 
 
+def test_the_name_of_a_parameter_is_no_surprise(tmp_path: Path) -> None:
+    """Not even that of an argument of the function that takes it."""
+    with pytest.raises(ValueError, match="method 'l1' has no parameter name"):
+        Experiment("digits", "convnet-bn", "l1", {"name": 1})  # type: ignore[arg-type]
+    net = models.build("convnet-bn", shape=(1, 8, 8))
+    plan = ChannelSpace(net, torch.zeros(1, 1, 8, 8)).plan({})
+    with pytest.raises(ValueError, match=r"unknown argument seed: models\.build is given classes and width"):
+        deploy.save(tmp_path / "net.safetensors", net, plan, shape=(1, 8, 8), model="convnet-bn", seed=3)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_has_no_other_field(name: str) -> None:
     assert "no_such_field" in refused(lambda: build(name, no_such_field=1), name)
@@ -159,7 +169,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., object], Callable[[], dict[str, Any]], 
     ),
     "Space.shrink": (lambda **k: space().shrink(**k), dict, {"plan"}),
     "Space.mask": (lambda **k: space().mask(**k), dict, {"plan"}),
-    "methods.build": (build, lambda: {"name": "l1"}, {"name"}),
+    "methods.build": (lambda name: build(name), lambda: {"name": "l1"}, {"name"}),
     "data.load": (data.load, lambda: {"name": "digits"}, {"name", "image_size"}),
     "data.from_datasets": (
         data.from_datasets,

@@ -204,3 +204,11 @@ def test_a_budget_is_of_one_cost() -> None:
 def test_bad_budgets_are_named(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Budget(**arguments)
+
+
+def test_a_budget_of_what_the_network_has_nothing_of_is_refused() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    space = ChannelSpace(net, torch.zeros(1, 1, 2, 2))
+    with pytest.raises(ValueError, match=r"Sequential has no MACs \(conv\), of which"):
+        space.plan_for(space.scores("l1"), Budget(0.5, "conv"))
+    assert space.macs(space.plan_for(space.scores("l1"), Budget(0.5))) == 0.5 * space.macs()

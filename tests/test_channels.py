@@ -346,6 +346,29 @@ TINY: dict[str, tuple[Net, dict[str, int]]] = {
         ),
         {"c.0": 3},
     ),
+    "the shape of another tensor keeps its channels": (
+        Net(
+            lambda s, x: (
+                lambda y, z: s.c(s.b(x).view(y.size()) + s.d(x).reshape(z.shape[0], z.size(1), 6, 6) + z)
+            )(s.a(x), s.e(x)),
+            a=conv(3, 4), b=conv(3, 4), d=conv(3, 4), e=nn.Sequential(conv(3, 5), conv(5, 4)), c=conv(4, 2),
+        ),
+        {"e.0": 5},
+    ),
+    "its own shape leaves a tensor its channels": (
+        Net(
+            lambda s, x: (lambda y: s.c(y.relu().view(y.shape).reshape(y.size(0), y.size(1), 6, 6)))(s.a(x)),
+            a=conv(3, 4), c=conv(4, 2),
+        ),
+        {"a": 4},
+    ),
+    "parts put together in another order": (
+        Net(
+            lambda s, x: s.c(torch.cat(s.a(x).chunk(2, 1)[::-1], 1)) + s.d(torch.cat(s.b(x).chunk(2, 1), 1)),
+            a=conv(3, 6), b=conv(3, 4), c=conv(6, 2), d=conv(4, 2),
+        ),
+        {"a": 3, "b": 2},
+    ),
     "a constant per channel keeps the channels": (
         Net(
             lambda s, x: s.c(s.b(s.a(x)) * torch.arange(1, 6, dtype=x.dtype, device=x.device).view(1, 5, 1, 1)),
@@ -433,6 +456,19 @@ def test_ties_say_where_they_come_from() -> None:
     assert why("chunk") == {"channel split", "mul"}
     assert why("channel shuffle") == {"channel sections"}
     assert why("layer used twice") == {"shared weights"}
+
+
+def test_a_stream_is_what_several_layers_add_up() -> None:
+    """Not what is added to a parameter with a number per channel."""
+    shifted = Net(
+        lambda s, x: s.b((s.a(x) + s.shift).relu()),
+        a=conv(3, 4), b=conv(4, 2), shift=nn.Parameter(torch.ones(4, 1, 1)),
+    )  # fmt: skip
+    space = ChannelSpace(shifted, torch.zeros(1, 3, 6, 6))
+    assert [tie.why for tie in space.coupling.ties] == ["add of a parameter"]
+    assert not space.is_sum("a")
+    net, x = tiny("residual addition")
+    assert [name for name in ("a", "b") if ChannelSpace(net, x).is_sum(name)] == ["a"]
 
 
 def test_a_padding_used_twice_pads_alike() -> None:

@@ -77,6 +77,17 @@ def test_doctor_finds_a_damaged_store_and_a_missing_folder(repository: Path, mon
     assert "nowhere is not a folder" in shown.stdout
 
 
+def test_what_stands_in_brackets_is_shown_as_it_is(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (repository / "data" / "a[" / "b]").mkdir(parents=True)
+    monkeypatch.setenv("PRUNELAB_DATA", str(repository / "data"))
+    (repository / "data" / "a[").rename(repository / "data" / "[x] [")
+    monkeypatch.setattr("prunelab.__main__.find_spec", lambda name: None)
+    monkeypatch.setattr("prunelab.__main__.console", Console(width=500))
+    shown = call("doctor").stdout
+    assert "[x] [" in shown
+    assert "pip install -e '.[notebooks]'" in shown
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import pytest
@@ -104,6 +104,33 @@ def test_the_effort_is_not_exceeded(method: str, name: str) -> None:
     found = pruned(method, name)
     assert 0 <= found.epochs <= AFTER.epochs + 1e-9
     assert found.recipe is None or found.recipe.epochs <= (AFTER if method == "finetune" else DENSE).epochs
+
+
+class Idle(nn.Module):
+    """A network beside a convolution whose output nobody reads."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net, self.idle = net, nn.Conv2d(1, 8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.idle(x)
+        return self.net(x)
+
+
+@methods
+def test_a_layer_without_effect_is_cut_or_named(method: str) -> None:
+    net, context = trained("convnet-bn")
+    assert context.initial is not None
+    idle = Idle(copy.deepcopy(net))
+    context = replace(context, initial=Idle(copy.deepcopy(context.initial)))
+    try:
+        found = build(method, **QUICK.get(method, {}))(idle, BUDGET, context)
+    except ValueError as error:
+        assert "idle" in str(error) or "the loss does not depend on it" in str(error)
+    else:
+        example = context.data.example
+        assert cost.macs(found.net, example, "conv") <= 0.5 * cost.macs(idle, example, "conv")
 
 
 @methods

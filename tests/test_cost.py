@@ -335,3 +335,11 @@ def test_counting_leaves_computed_weights_where_they_are() -> None:
     before = net.weight
     assert cost.macs(net, torch.zeros(1, 3, 8, 8)) == 5 * 3 * 9 * 36
     assert net.weight is before
+
+
+def test_a_forward_may_make_constants() -> None:
+    class Scaled(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x * torch.tensor([1.0, 2.0, 3.0]).view(1, 3, 1, 1))
+
+    assert cost.macs(Scaled(3, 4, 3, padding=1), torch.zeros(1, 3, 6, 6)) == 36 * 9 * 3 * 4

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import itertools
 import lzma
 import os
 import shutil
@@ -528,6 +529,15 @@ def test_transparent_and_grey_pictures_have_three_channels_and_one() -> None:
     for mode in ("I;16", "I", "F"):  # what does not fit into 8 bits is not cut off in silence
         with pytest.raises(ValueError, match=rf"train\[0\]: image is a picture of mode '{mode}'; .* 8 bits a channel"):
             from_datasets(Pictures(mode), Pictures(mode), name="mine")
+
+
+def test_pictures_of_16_bits_are_refused_and_not_cut_off(tmp_path: Path) -> None:
+    for split, label in itertools.product(("train", "test"), "ab"):
+        folder = tmp_path / "deep" / split / label
+        folder.mkdir(parents=True)
+        Image.fromarray(np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8)).save(folder / "ramp.png")
+    with pytest.raises(ValueError, match=r"deep: t\w+/./ramp\.png has the mode 'I;16'; pictures must have 8 bits"):
+        load(str(tmp_path / "deep"))
 
 
 def test_own_tensors_are_trained_on_and_pruned() -> None:

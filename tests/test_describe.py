@@ -103,7 +103,7 @@ def test_a_depthwise_network() -> None:
         "written_by": "a",
         "through": "b, scale",
         "read_by": "c",
-        "tied_by": "depthwise convolution at b; mul",
+        "tied_by": "depthwise convolution at b; mul of a parameter",
         "macs_per_unit": 16 * (3 + 9 + 2),
     }
 

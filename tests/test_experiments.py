@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+import prunelab
 from prunelab import data, experiments, models
 from prunelab.experiments import EFFORTS, Effort, Experiment, Store, compute, one_thread, run
 from prunelab.methods import METHODS, Pruned
@@ -55,6 +57,8 @@ def test_a_key_is_of_the_values_not_of_how_they_are_written() -> None:
     assert replace(SPP, parameters=(("margin", 0.1), ("t", 1))).key == SPP.key
     assert replace(SPP, parameters={"t": 1, "margin": 0.1}).key == SPP.key  # type: ignore[arg-type]
     assert toy("dense", 1).key == toy("dense", 1.0).key
+    assert toy("slimming", penalty=1).key == toy("slimming", penalty=1.0).key
+    assert toy("spp", t=1) == SPP.__class__.of({"key": toy("spp", t=1).key, **toy("spp", t=1).settings})
 
 
 def test_every_field_changes_the_key() -> None:
@@ -278,3 +282,17 @@ def test_the_effort_of_the_first_data_set() -> None:
     assert moved.source == Experiment("cifar10", "convnet-bn", "dense", effort="brief", seed=1)
     assert replace(moved, pretrained=None).source is None
     assert replace(moved, pretrained=None).key != moved.key
+
+
+def test_a_row_names_the_commit_of_prunelabs_own_repository_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Installed somewhere inside another project, it has a version and no commit."""
+    monkeypatch.setattr(experiments, "__file__", str(tmp_path / "other" / "lib" / "prunelab" / "experiments.py"))
+    subprocess.run(["git", "init", "-q", tmp_path / "other"], check=True)
+    name = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    subprocess.run(
+        ["git", "-C", tmp_path / "other", *name, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True
+    )
+    (tmp_path / "other" / "lib" / "prunelab").mkdir(parents=True)
+    assert experiments._code_version.__wrapped__() == prunelab.__version__

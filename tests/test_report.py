@@ -137,6 +137,12 @@ def test_ranks_are_of_each_budget_and_of_the_seeds_that_all_have() -> None:
     assert found.seeds.tolist() == [2, 2, 3, 3]
 
 
+def test_arms_without_a_common_seed_have_no_rank() -> None:
+    given = rows({("a", 0.5): CLEAR, ("b", 0.5): [70.0] * 3, ("a", 0.25): [60.0], ("b", 0.25): [62.0]})
+    given.loc[(given.arm == "b") & (given.macs == 0.25), "seed"] = 7
+    assert report.ranks(given).macs.tolist() == [0.5, 0.5]
+
+
 def test_the_summary_says_how_many_differences_lie_on_either_side_of_the_bound() -> None:
     found = rows({("a", 0.5): CLEAR, ("a", 0.25): WORSE, ("b", 0.5): [70.0] * 3, ("b", 0.25): [70.0] * 3})
     assert report.verdict(BETTER, found).summary == "-10.0 to +2.0 points; above 0 in 1 of 2, below in 1"

@@ -86,3 +86,19 @@ def test_random_scores_repeat_with_their_seed() -> None:
 def test_unknown_criterion_lists_the_known() -> None:
     with pytest.raises(ValueError, match=r"'l3'.*'l1', 'l2', 'bn_scale', 'random'"):
         scores.named("l3")
+
+
+def test_looking_at_maps_leaves_the_network_as_it_was() -> None:
+    class Halved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(self.a(x).relu() / torch.tensor(2.0))  # which torch.fx keeps as an attribute
+
+    net = Halved()
+    space = ChannelSpace(net, torch.zeros(1, 1, 6, 6))
+    before = set(vars(net))
+    space.scores(scores.feature_rank(torch.randn(2, 1, 6, 6)))
+    assert set(vars(net)) == before

@@ -186,6 +186,13 @@ def test_a_cut_network_is_drawn_as_one_built_so(trained: tuple[nn.Module, Contex
     assert (small.bn6.weight == 1).all() and (small.bn6.bias == 0).all() and (small.bn6.running_mean == 0).all()
 
 
+def test_statistics_of_a_norm_without_weights_start_anew() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2, affine=False))
+    net(torch.randn(8, 1, 4, 4))
+    reinitialise(net, 0)
+    assert net[1].num_batches_tracked == 0 and not net[1].running_mean.any() and (net[1].running_var == 1).all()
+
+
 def test_a_module_that_cannot_be_drawn_anew_is_named() -> None:
     class Scale(nn.Module):
         def __init__(self) -> None:

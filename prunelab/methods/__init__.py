@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from dataclasses import fields
 from typing import Any
 
 from prunelab._checks import one_of
@@ -23,7 +24,7 @@ def _found() -> dict[str, type[Method]]:
 METHODS: dict[str, type[Method]] = _found()
 
 
-def build(name: str, **parameters: Any) -> Method:
+def build(name: str, /, **parameters: Any) -> Method:
     """Return the method of that name with the paper's hyper-parameters, but for those given.
 
     Raises:
@@ -31,8 +32,7 @@ def build(name: str, **parameters: Any) -> Method:
     """
     if not one_of(METHODS).accepts(name):
         raise ValueError(f"unknown method {name!r}: legal names are {', '.join(map(repr, METHODS))}")
-    fields = getattr(METHODS[name], "__dataclass_fields__", {})
-    unknown = sorted(set(parameters) - set(fields))
-    if unknown:
-        raise ValueError(f"method {name!r} has no parameter {', '.join(unknown)}: it has {', '.join(fields)}")
+    known = [field.name for field in fields(METHODS[name])]
+    if unknown := sorted(set(parameters) - set(known)):
+        raise ValueError(f"method {name!r} has no parameter {', '.join(unknown)}: it has {', '.join(known)}")
     return METHODS[name](**parameters)

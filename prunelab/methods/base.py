@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import Field, dataclass, field
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -41,9 +41,10 @@ class Pruned:
 
 
 class Method(Protocol):
-    """A pruning method; `name` is how experiments and the command line call it."""
+    """A pruning method, a dataclass of its parameters; `name` is how experiments and the command line call it."""
 
     name: str
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
     def __call__(self, net: nn.Module, budget: Budget, context: Context) -> Pruned:
         """Prune a trained network to a budget; the network itself stays as it is."""

@@ -234,6 +234,7 @@ class ExpectedCost:
     def __init__(self, space: ChannelSpace, budget: Budget) -> None:
         if budget.latency is not None:
             raise ValueError("dmcp: an expected latency has no closed form: give a budget of macs or of parameters")
+        space.spent(budget)  # which refuses what the network has nothing of
         cost = space.parameter_cost if budget.macs is None else space.cost
         counted = cost.per_pair if budget.scope == "all" else cost.per_pair * cost.conv
         parts = counted, cost.reads, cost.reads_fixed, cost.writes, cost.writes_fixed

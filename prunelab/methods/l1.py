@@ -32,8 +32,8 @@ class L1:
     Where layers are added, the shortcut decides: the filters of its 1x1 projection are ranked, and every layer of the
     sum loses the same ones. With an identity shortcut there is nothing to rank, and the sum stays whole.
 
-    unit: "filters", or "columns" of the im2col matrix: SPP's one-shot control, which the rule on sums does not touch;
-        or, as a control of SSL, "filters+columns" or "blocks".
+    unit: "filters", or, which the rule on sums does not touch, "columns" of the im2col matrix, SPP's one-shot control;
+        "filters+columns" or "blocks", those of SSL.
     selection: which go: the "smallest", the "largest" or "random" ones, drawn by the context's seed.
     order: "independent" ranks whole filters; "greedy" goes from input to output, and the sum of a filter counts only
         the input channels that are left (filters only: removing columns leaves every layer all its inputs).

@@ -11,7 +11,17 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from prunelab._checks import FRACTION, NOT_NEGATIVE, POSITIVE, Legal, check_fields, check_trainable, one_of, optional
+from prunelab._checks import (
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Legal,
+    check_fields,
+    check_trainable,
+    gradient,
+    one_of,
+    optional,
+)
 from prunelab.methods.base import Pruned, space_of
 from prunelab.structure import BlockSpace, Budget, Plan, RowColumnSpace, Space
 from prunelab.structure.space import Ranking
@@ -166,8 +176,7 @@ def add_subgradient(terms: Sequence[Term], pulls: Sequence[Tensor]) -> None:
     """
     for term, pull in zip(terms, pulls, strict=True):
         norms = term.norms()
-        assert term.weight.grad is not None
-        term.weight.grad.addcmul_(term.weight, (pull / norms).masked_fill_(norms == 0, 0))
+        gradient("ssl", term.weight).addcmul_(term.weight, (pull / norms).masked_fill_(norms == 0, 0))
 
 
 @torch.no_grad()

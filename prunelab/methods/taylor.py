@@ -101,7 +101,8 @@ class Theta:
     def collect(self) -> None:
         """Add the Θ of the mini-batch whose mean loss was just differentiated."""
         for layer, gates, positions in self._gates:
-            assert gates.grad is not None
+            if gates.grad is None:  # the loss does not depend on these maps
+                continue
             # One of T examples has T times this gradient, as the loss is a mean; the mean over examples divides by T.
             theta = gates.grad.flatten(1).float().abs().sum(0) / positions
             self._sums[layer] = self._sums[layer] + theta if layer in self._sums else theta

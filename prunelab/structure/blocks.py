@@ -49,7 +49,7 @@ from prunelab.layers import AddConstant
 from prunelab.structure.graph import Channels, Labeller
 from prunelab.structure.plan import Plan
 from prunelab.structure.space import Cost, Group, Ranking, Scores, Space
-from prunelab.structure.tracing import UntraceableError, in_place, operation, trace
+from prunelab.structure.tracing import UntraceableError, adds, in_place, trace
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ class _Search:
         """Return all removable branches in the order in which they are added."""
         found: list[tuple[fx.Node, set[fx.Node], Branch]] = []
         seen: dict[str, int] = defaultdict(int)  # additions by block
-        for add in filter(_adds, self.graph.nodes):
+        for add in filter(adds, self.graph.nodes):
             block = _paths(add)[-1]
             place, seen[block] = seen[block], seen[block] + 1
             sides = [self._only_for(add, operand) for operand in add.all_input_nodes]
@@ -370,12 +370,6 @@ def _around(nodes: Sequence[fx.Node], layer: fx.Node) -> set[fx.Node]:
     return reached
 
 
-def _adds(node: fx.Node) -> bool:
-    """Whether a node adds two traced values."""
-    plain = len(node.args) == len(node.all_input_nodes) == 2 and not node.kwargs
-    return plain and node.op in ("call_function", "call_method") and operation(node) == "add"
-
-
 def _paths(node: fx.Node) -> list[str]:
     """Return the modules that a node is in, from the whole network, "", inwards."""
     return ["", *(path for path, _ in node.meta.get("nn_module_stack", {}).values())]
@@ -399,7 +393,7 @@ class _ShallowTracer(fx.Tracer):
 def _without(block: nn.Module, branches: Iterable[Branch], constants: Mapping[str, Tensor]) -> fx.Graph:
     """Trace a block without some of the branches that it adds; constants, by branch, become layers of the block."""
     graph = _ShallowTracer().trace(block)
-    additions = [node for node in graph.nodes if _adds(node)]
+    additions = [node for node in graph.nodes if adds(node)]
     for branch in branches:
         add = additions[branch.addition]
         left = add.all_input_nodes[branch.shortcut]

@@ -93,7 +93,7 @@ class ChannelSpace(Space):
 
     def is_sum(self, group: str) -> bool:
         """Return whether a group is a residual stream: the outputs of several layers, added."""
-        additions = [tie.first for tie in self.coupling.ties if tie.why in ("add", "add_", "iadd")]
+        additions = [tie.first for tie in self.coupling.ties if tie.why == "add"]
         return any(np.isin(ids, self.units(group)).any() for ids in additions)
 
     @cached_property

@@ -653,10 +653,11 @@ def _elementwise(run: Labeller, n: fx.Node, value: Tensor) -> Channels:
     if not carried:
         raise run.refuse(f"{operation(n)!r} of a list of tensors")
     widest, dim = max(carried, key=lambda pair: len(pair[0]))
+    of_parameter = any(source.op == "get_attr" for source in n.all_input_nodes)
     for ids, place in carried:
         if place == dim and len(ids) == len(widest):
             if ids is not widest:
-                run.tie(operation(n), widest, ids)
+                run.tie(f"{operation(n)} of a parameter" if of_parameter else operation(n), widest, ids)
         elif len(ids) == 1:
             run.pin("one map for all channels", ids)  # which gates or shifts them
         else:
@@ -671,9 +672,9 @@ def _elementwise(run: Labeller, n: fx.Node, value: Tensor) -> Channels:
 
 def _concatenate(run: Labeller, n: fx.Node, value: Tensor) -> Channels:
     parts: Any = n.args[0] if n.args else n.kwargs["tensors"]
-    found = [run.channels.get(part) for part in parts]
+    found = [*(run.channels[parts] or ())] if isinstance(parts, fx.Node) else [run.channels.get(part) for part in parts]
     known = [channels for channels in found if isinstance(channels, Channels)]
-    if len(known) < len(found):
+    if not known or len(known) < len(found):
         raise run.refuse(f"{operation(n)!r} of a tensor whose channels are not known")
     given: Any = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim", n.kwargs.get("axis", 0))
     if any(channels.dim != given % value.dim() for channels in known):
@@ -725,13 +726,25 @@ def _shape_function(run: Labeller, n: fx.Node, value: Any) -> Any:
 
 
 def _fixed_size(run: Labeller, n: fx.Node, value: Any) -> Any:
-    """A reshape: where its arguments give the number of channels as a plain number, that number cannot change."""
+    """A reshape: where its arguments say how many channels there are, by a number or another tensor, it stays so."""
     channels = _shape_function(run, n, value)
     sizes: Any = n.args[1:] or tuple(n.kwargs.values())
     sizes = sizes[0] if sizes and isinstance(sizes[0], tuple | list) else sizes
-    if isinstance(sizes[channels.dim], int) and sizes[channels.dim] != -1:
+    whole = isinstance(sizes[0], fx.Node) and not isinstance(run.env[sizes[0]], int)
+    given = sizes[0] if whole else sizes[channels.dim]
+    if isinstance(given, fx.Node):
+        for ids in _measured(run, given):
+            if not np.array_equal(ids, run.source(n).ids):
+                run.pin("the size of another tensor", np.concatenate([ids, channels.ids]))
+    elif given != -1:
         run.pin("fixed sizes", channels.ids)
     return channels
+
+
+def _measured(run: Labeller, size: fx.Node) -> Iterator[Ints]:
+    """Yield the ids of the tensors that a size, or what is computed of sizes, was taken from."""
+    for source in size.all_input_nodes:
+        yield from run._ids_of(source) if run.channels.get(source) is not None else _measured(run, source)
 
 
 def _fixed_sections(run: Labeller, n: fx.Node, value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +70,8 @@ class _Watch(fx.Interpreter):
         coupling: Coupling | None = getattr(space, "coupling", None)
         if coupling is None:
             raise ValueError(f"feature maps belong to channels; this space has {space.kind}")
-        super().__init__(space.net, graph=trace(space.net))
+        root = copy.copy(space.net)  # where torch.fx puts the constants that it meets
+        super().__init__(root, graph=trace(root))
         self.measure = measure
         self.written = {axis.module: axis.units for axis in coupling.axes if axis.role == "out"}
         self.places = self._places(coupling.norms)

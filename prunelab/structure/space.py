@@ -289,12 +289,17 @@ class Space(ABC):
         Args:
             budget: its fraction is not used.
             scores: whose best units are meant, as what is kept may matter to latency; by default the first ones.
+
+        Raises:
+            ValueError: the network has nothing of that cost, such as a convolution.
         """
         if budget.latency is not None:
             ranked = scores or criteria.alike(self)
             return lambda widths: self._latency(self.best(ranked, widths))
         closed_form = self.parameter_cost if budget.macs is None else self.cost
         dense = int(closed_form(self.sizes, budget.scope))
+        if dense == 0:
+            raise ValueError(f"{type(self.net).__name__} has no {budget.what}, of which a budget could keep a fraction")
         return lambda widths: float(closed_form(widths, budget.scope) / dense)
 
     @cached_property
@@ -419,7 +424,7 @@ class Space(ABC):
         Args:
             plan: what was kept.
             optimizer: one of torch.optim's over parameters of this space's network; what it remembers of a parameter
-            has the parameter's shape, or is a number, which Adafactor and LBFGS do not keep to.
+                has the parameter's shape, or is a number, which Adafactor and LBFGS do not keep to.
             small: what `shrink(plan)` returned.
 
         Raises:

@@ -43,6 +43,12 @@ def operation(node: fx.Node) -> str:
     return name.removeprefix("i") if node.target in _IN_PLACE else name
 
 
+def adds(node: fx.Node) -> bool:
+    """Return whether a node adds two traced values, neither of them scaled."""
+    plain = len(node.args) == len(node.all_input_nodes) == 2 and not node.kwargs
+    return plain and node.op in ("call_function", "call_method") and operation(node) == "add"
+
+
 def in_place(net: nn.Module, node: fx.Node) -> bool:
     """Return whether a node of a network's graph may write over what it reads."""
     if node.op == "call_module":
