@@ -52,8 +52,9 @@ class ABCPruner:
 
     Every other group of filters has a tenth of its own. The released code has fewer: one for both inner convolutions of
     a bottleneck, none for ResNet-50's first convolution and for VGG-16's hidden linear layer, 16 and 13 for these two
-    networks instead of our 33 and 14. And that only one source is drawn anew in a cycle is the released code's rule:
-    the paper draws every source anew that has failed more than `limit` times.
+    networks instead of our 33 and 14, and 9 for GoogLeNet, whose modules keep the width of their outputs. And that only
+    one source is drawn anew in a cycle is the released code's rule: the paper draws every source anew that has failed
+    more than `limit` times.
 
     alpha: α, the largest fraction of a layer that is kept, in tenths from 0.1 to 1.
     sources: n >= 1, and >= 2 if there are cycles. Accounts of the paper have 2, 3 and 2 for T,

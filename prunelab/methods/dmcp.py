@@ -65,8 +65,9 @@ class DMCP:
     least: the smallest width as a fraction, in [0, 1).
     warmup: fraction of the steps, in [0, 1), before α moves.
     sampling: "expected", every layer takes the width that is expected; "direct", the first structure drawn from the
-        chains that is within the budget, by 1% of it at most. Expected widths, rounded, and the nearest structure drawn
-        where none of 10,000 is within, are scaled in proportion to the widest prefixes within the budget.
+        chains that is within the budget, by 1% of it at most (the released code trains five, up to 1% off to
+        either side). Expected widths, rounded, and the nearest structure drawn where none of 10,000 is within, are
+        scaled in proportion to the widest prefixes within the budget.
     share: how much the search may compute, > 0, in passes over the training images and multiples of the context's
         epochs. Every forward and backward pass of every network counts, 4 in a step and 5 with α, so a search is of
         share·epochs / (5 − warmup) epochs of images. What follows is a training of its own, and not paid from this.

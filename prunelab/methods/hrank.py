@@ -33,8 +33,9 @@ class HRank:
     (The published code takes those of ResNet-50's first convolution behind the max pool.) The ranks are taken once, on
     the trained network, and fix what goes. Then, from input to output, one layer after the other loses its filters and
     the network is trained. Of equal ranks, the earlier filter stays. Where several layers write a unit, they lose the
-    same filters, by the mean of the ranks in all places. Hidden linear layers stay whole. The published code keeps each
-    layer's best epoch on the test images; here the last one counts.
+    same filters, by the mean of the ranks in all places. Hidden linear layers stay whole; a VGG's
+    last convolution, which the paper never prunes, is cut like the others: give it the rate 0. The published code keeps
+    each layer's best epoch on the test images; here the last one counts.
 
     g: images, >= 1, drawn and augmented as in training; 640 in the published code, 500 are ours.
     selection: which filters stay: those of "highest" rank; as controls those of "lowest", or "random" ones, drawn by

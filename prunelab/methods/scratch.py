@@ -40,10 +40,13 @@ class Scratch:
         one threshold for the |γ| of the whole trained network, slimming's rule without its penalty; "random": drawn
         anew for every seed, our control.
     schedule: "E", as many epochs as the dense training had; "B", as much computation: ⌊E · MACs / MACs left⌋. The
-        recipe stays, and with it the fractions of the run at which the learning rate falls. MACs are those of
+        recipe stays, and with it the fractions of the run at which the learning rate falls, which the released code
+        rounds to epochs. MACs are those of
         convolutions and linear layers; the released code also counts batch norm, activations and pools.
-    cap: the most that "B" may train, in multiples of "E", >= 1: 2 on ImageNet, `math.inf` in the released CIFAR code.
-    weights: "fresh", drawn anew by the context's seed; "initial", a lottery ticket: the filters that L1 (or their
+    cap: the most that "B" may train, in multiples of "E", >= 1: 2 for the predefined widths on ImageNet, `math.inf` in
+        the released CIFAR code and for automatic ones.
+    weights: "fresh", drawn anew by the context's seed, convolutions as in the released code, linear layers as PyTorch
+        does and γ = 1 (there N(0, 0.01), and 0.5 in VGGs); "initial", a lottery ticket: the filters that L1 (or their
         scales) kept after training start from the values that they had before it.
     lr: peak learning rate, > 0; None: the dense training's.
 

@@ -108,8 +108,8 @@ class SPP:
         t: training steps between two updates of p, >= 1.
         unit: "columns" of the im2col matrix (the paper's) or "filters".
         recovery: the paper's claim; False cuts Δ at 0, so that p can only grow and nothing else changes.
-        margin: δ in [0, 1), the layer aims at (R + δ)·N units and stops at R·N. 0 in the published code's defaults; its
-            helper scripts write 0.1, without which the last few units may wait for ever.
+        margin: δ in [0, 1), the layer aims at (R + δ)·N units, N − 1 at most, and stops at R·N. 0 in the published
+            code's defaults; its helper scripts write 0.1, without which the last few units may wait for ever.
         averaging: γ of the score, in [0, 1), S ← γ·S + s. 0 in the published code.
         share: the part of the effort, in (0, 1], after which layers that have not finished are cut at the exact count.
         lr: constant learning rate while pruning, > 0; the paper's is not known.

@@ -25,12 +25,14 @@ class Taylor:
 
     Every `updates` mini-batches the units of least Θ̂ - λ·Θ^flops go: Θ̂ is the mean Θ of those batches over the L2 norm
     of its group, Θ^flops the MFLOPs, two per multiply-add, that one feature map costs at the present widths. The
-    multiply-adds fall by the same amount each time, the last time to the budget; what is removed stays at zero.
+    multiply-adds fall by the same amount each time, the last time to the budget; what is removed stays at zero. A unit
+    of a hidden linear layer counts as a feature map of one pixel.
 
     flops_regularisation: λ >= 0.
     updates: mini-batches between two removals, >= 1; fewer if `share` leaves too little effort for them.
     share: of the context's epochs, in (0, 1], that pruning may take.
-    lr: learning rate, > 0, constant while pruning. The paper's 1e-4 to 1e-3 are for networks pretrained on ImageNet.
+    lr: learning rate, > 0, constant while pruning. The paper's 1e-4 and 3e-4 are for networks pretrained on
+        ImageNet.
 
     Raises ValueError naming the field, its value and the legal range; when called, if `share` is not one update.
     `Pruned.history` has "widths": {group: units left} after each removal.
