@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -40,6 +41,11 @@ def colony(fitness: Callable[[Code], float], length: int = 5, most: int = 10, se
     return Colony(length, most, ABCPruner(**more), evaluate, np.random.default_rng(seed))
 
 
+def channels(net: nn.Module) -> int:
+    """The paper's count: output channels of all convolutions, projections too."""
+    return sum(m.out_channels for m in net.modules() if isinstance(m, nn.Conv2d))
+
+
 # -- what a code stands for -------------------------------------------------------------------------------------------
 
 
@@ -49,9 +55,19 @@ def test_the_published_structure_has_the_published_counts() -> None:
     assert all(layer.endswith("conv1") for layer in found.layers)
     plan = found.plan(np.array([int(tenths) for tenths in FOUND.split()]))
     small = found.space.shrink(plan)
-    channels = sum(m.out_channels for m in small.modules() if isinstance(m, nn.Conv2d))
-    assert channels == 1482
+    assert channels(small) == 1482
     assert round(cost.parameters(small) / 1e6, 2) == 0.39
+
+
+@pytest.mark.parametrize(("name", "expected"), [
+    ("resnet18", 4800), ("resnet34", 8512), ("resnet50", 26560), ("resnet101", 52672), ("resnet152", 75712),
+    ("resnet56", 2032),  # the authors' notes
+    ("resnet110", 16 + 36 * (16 + 32 + 64)),  # 2701 are left where the table removes 33.28%
+])  # fmt: skip
+def test_whole_residual_networks_have_the_published_channels(name: str, expected: int) -> None:
+    """What the tables' percentages are of."""
+    with torch.device("meta"):
+        assert channels(build(name, shape=(3, 224, 224))) == expected
 
 
 @pytest.mark.parametrize(("name", "papers", "more"), [
@@ -187,6 +203,15 @@ def test_onlookers_prefer_the_fit() -> None:
     assert tried[1] / 4000 == pytest.approx(0.55, abs=0.03)  # 0.9·0.5 + 0.1
 
 
+def test_a_cycle_is_employed_bees_then_onlookers_then_the_scout(monkeypatch: pytest.MonkeyPatch) -> None:
+    bees, phases = colony(lambda code: 0.0, sources=2, cycles=2), ["employed", "onlookers", "scout"]
+    seen: list[str] = []
+    for phase in phases:
+        monkeypatch.setattr(bees, phase, partial(seen.append, phase))
+    bees.search()
+    assert seen == 2 * phases
+
+
 def test_the_colony_finds_the_best_of_a_small_space() -> None:
     target = np.array([2, 5, 1])
     tried: list[float] = []
@@ -254,6 +279,13 @@ def test_fitness_is_measured_with_batch_norm_recalibrated(trained: tuple[nn.Modu
     stale = evaluate(small, context.data)
     recalibrate(small, context.data, 4, recipe.batch_size, context.seed + APART)
     assert pruned.history["fitness"] == [evaluate(small, context.data)] != [stale]
+
+
+def test_codes_stay_within_alpha(trained: tuple[nn.Module, Context]) -> None:
+    pruned = searched(trained, budget=1.0, alpha=0.4)
+    codes = pruned.history["codes"]
+    assert codes.min() >= 1 and codes.max() == 4
+    assert all(width <= pruned.plan.sizes[name] * 4 // 10 for name, width in pruned.plan.widths.items())
 
 
 def test_the_effort_is_counted(trained: tuple[nn.Module, Context]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from prunelab import cost
+from prunelab.admm import ADMM
 from prunelab.data import load
-from prunelab.methods.autocompress import Actions, AutoCompress, acceptance, anneal
+from prunelab.masks import Masks
+from prunelab.methods.autocompress import Actions, AutoCompress, acceptance, anneal, quick
 from prunelab.methods.base import Pruned, space_of
 from prunelab.models import build
-from prunelab.purification import purify, strength, weakest_gone, without_dead
+from prunelab.purification import Measure, purify, strength, weakest_gone, without_dead
 from prunelab.structure import Budget, ChannelSpace, Plan, RowColumnSpace, Space
-from prunelab.training import Context, Recipe, fit
+from prunelab.training import Context, History, Hook, Recipe, fit
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)
 UNITS = ["filters", "columns", "filters+columns"]
@@ -395,14 +398,65 @@ def test_what_is_pruned_to_is_the_best_action(trained: nn.Module, context: Conte
     assert [*rates.values()] == pytest.approx(1 - actions.widths(best.rates) / actions.most)
 
 
-def test_the_search_sees_validation_images_only(trained: nn.Module, context: Context) -> None:
+@dataclass(frozen=True)
+class Noted(Context):
+    """A context that notes the hook of every training."""
+
+    hooks: list[Hook] = field(default_factory=list)
+
+    def train(self, net: nn.Module, recipe: Recipe, hook: Hook, label: str, seed: int | None = None) -> History:
+        self.hooks.append(hook)
+        return super().train(net, recipe, hook, label, seed)
+
+
+def test_a_round_is_admm_with_a_growing_rho_and_the_retraining_of_what_its_cut_leaves(
+    trained: nn.Module, context: Context
+) -> None:
+    noted = Noted(**vars(context))
+    pruned = compressed(
+        trained, noted, 0.5, unit="filters", evaluations=1, rho=0.5, growth=1.5, updates=2, purification=False
+    )
+    admm, masked = noted.hooks
+    assert isinstance(admm, ADMM) and admm.rho == pytest.approx(0.5 * 1.5**2)
+    assert type(masked) is Masks and masked.plan == pruned.plan
+    retrained = masked.space.mask(masked.plan).state_dict()
+    assert all(torch.equal(tensor, retrained[name]) for name, tensor in masked.space.net.state_dict().items())
+
+
+def test_epsilon_is_what_a_purification_may_cost(
+    trained: nn.Module, context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+
+    def noted(space: Space, present: Plan, budget: Budget, measure: Measure, epsilon: float) -> Any:
+        given.append(epsilon)
+        return purify(space, present, budget, measure, epsilon)
+
+    monkeypatch.setattr("prunelab.methods.autocompress.purify", noted)
+    compressed(trained, context, 0.25, unit="filters", evaluations=1, epsilon=0.25)
+    assert given == [0.25, 0.25]
+
+
+def test_a_quick_evaluation_sees_the_first_validation_images(trained: nn.Module, context: Context) -> None:
+    space, images = space_of("filters", copy.deepcopy(trained), context.data.example), context.data
+    plan = space.plan_for(space.scores("l2"), Budget(0.3, "conv"))
+    with torch.no_grad():
+        right = space.mask(plan)(images.normalise(images.val.images)).argmax(1) == images.val.labels
+    first, all_of_them = (100 * found.double().mean().item() for found in (right[:50], right))
+    assert quick(space, context, 50)(plan) == pytest.approx(first) != pytest.approx(all_of_them)
+
+
+def test_the_search_sees_as_many_validation_images_as_asked_and_no_others(trained: nn.Module, context: Context) -> None:
     blank = copy.deepcopy(context.data)
     blank.test.images.zero_()
+    blank.val.images[50:] = 0
     found, blind = (
-        compressed(trained, Context(images, context.recipe, seed=0, progress=False), 0.6, unit="filters").plan
+        compressed(trained, Context(images, context.recipe, seed=0, progress=False), 0.6, unit="filters", images=50)
         for images in (context.data, blank)
     )
-    assert found == blind
+    assert found.plan == blind.plan
+    (tried,), (again,) = found.history["actions"], blind.history["actions"]
+    assert [action.accuracy for action in tried] == [action.accuracy for action in again]
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------

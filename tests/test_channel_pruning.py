@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 
 import numpy as np
@@ -281,6 +282,19 @@ def test_bad_input_is_named() -> None:
             ChannelPruning(**{field: value})  # type: ignore[arg-type]
 
 
+def test_lasso_sees_channels_with_weights_of_norm_one() -> None:
+    """||W_i|| = 1: a channel that varies little stays behind however large its weights, and its contribution, are."""
+    x = torch.tensor([[0.1, 1], [0.1, -1], [-0.1, 1], [-0.1, -1]], dtype=torch.float64)
+    moments = Moments(2, 1)
+    moments.add(x, torch.zeros(4, 1, dtype=torch.float64))
+    reader = Reconstruction(torch.tensor([[20.0, 1.5]], dtype=torch.float64), torch.arange(2), moments)
+    gram, q = reader.gram(2)
+    expected = torch.tensor([4.0, 2.25], dtype=torch.float64)  # (0.1·20)², 1.5²; over the norms 0.2 and 1.5
+    torch.testing.assert_close(gram, expected.diag())
+    torch.testing.assert_close(q, expected)
+    assert choose(reader, 1, channels=2) == [1]
+
+
 # -- samples ----------------------------------------------------------------------------------------------------------
 
 
@@ -323,6 +337,16 @@ def test_a_whole_budget_leaves_the_network_as_it_is(trained: nn.Module, context:
     for name, tensor in pruned.net.state_dict().items():
         torch.testing.assert_close(tensor, before[name], msg=name)
     assert all(torch.equal(tensor, before[name]) for name, tensor in trained.state_dict().items())
+
+
+def test_no_image_outside_the_training_split_is_seen(trained: nn.Module, context: Context) -> None:
+    data = copy.deepcopy(context.data)
+    for split in (data.val, data.test):
+        split.images.zero_()
+    usual, blank = (pruned_by(trained, dataclasses.replace(context, data=d), images=300) for d in (context.data, data))
+    assert usual.plan == blank.plan
+    for name, tensor in usual.net.state_dict().items():
+        assert torch.equal(tensor, blank.net.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("accumulated", [True, False])
@@ -452,6 +476,25 @@ def test_what_a_response_is_added_to(block: Block, context: Context) -> None:
     assert added_to(run.dense, run.calls["stem"][0]) is None
 
 
+def test_what_a_shortcut_lost_is_missed_in_units_of_the_response(context: Context) -> None:
+    """Y2 − Y2' + (Y1 − Y1')·σ/γ, in the mean over all positions of all images."""
+    torch.manual_seed(0)
+    net = Block().eval()
+    nn.init.uniform_(net.bn2.weight, 0.2, 3.0)
+    nn.init.uniform_(net.bn2.running_var, 0.5, 4.0)
+    run = LayerByLayer(net, context.data, 100, 64, accumulated=True, seed=0)
+    run.prepare({"conv1.conv": 5})
+    with torch.no_grad():
+        run.space.net.stem.weight[2] *= 0.5
+        missing = run.readers("conv1.conv")["conv2"].mean_e
+        nets = (run.dense, run.space.net)
+        y1, y1_now = (n.stem(run.batches[0]).relu() for n in nets)
+        y2, y2_now = (n.conv2(n.bn1(n.conv1(y)).relu()) for n, y in zip(nets, (y1, y1_now), strict=True))
+        scale = (net.bn2.running_var + net.bn2.eps).sqrt() / net.bn2.weight
+        expected = (y2 - y2_now).mean((0, 2, 3)) + (y1 - y1_now).mean((0, 2, 3)) * scale
+    torch.testing.assert_close(missing.float(), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_the_branch_repairs_a_disturbed_shortcut(block: Block, context: Context) -> None:
     """With Y1 − Y1' + Y2 as the target the block's output is nearer to the original's than with Y2."""
     images = context.data.normalise(context.data.train.images[:300])
@@ -497,6 +540,14 @@ def test_one_to_one_and_a_half_in_vgg16(target: int, shallow: tuple[int, int, in
     assert all(found[name] == 512 for name in convs[10:])
 
 
+def test_the_released_vgg16_called_five_times_faster() -> None:
+    """By our count 4.52 times, convolutions only."""
+    space = ChannelSpace(build("vgg16", shape=(3, 224, 224), seed=0), torch.zeros(1, 3, 224, 224))
+    released = (24, 22, 41, 51, 108, 89, 111, 184, 276, 228, 512, 512, 512)
+    widths = {f"conv{i}": width for i, width in enumerate(released, start=1)}
+    assert space.macs(widths, scope="conv") == 3_391_649_856
+
+
 def test_the_released_resnet50() -> None:
     """The released widths give 2.597 of 3.856 billion multiply-adds, convolutions only, strides in the 1x1 layers."""
     released = {
@@ -519,8 +570,8 @@ def test_the_released_resnet50() -> None:
     assert space.macs(widths, scope="conv") / 1e9 == pytest.approx(2.597, abs=1e-3)
 
     found = ChannelPruning(ratios=RATIOS["resnet50"]).widths(space, Budget(macs=2.597 / 3.856, scope="conv"))
-    for name in ("layer1.1.conv1.select", "layer2.1.conv1.conv", "layer3.1.conv2", "layer4.1.conv2"):
-        assert found[name] / widths[name] == pytest.approx(1, abs=0.06)
+    for name, width in widths.items():
+        assert found[name] / width == pytest.approx(1, abs=0.07), name
 
 
 def test_ratios_must_name_groups_that_can_be_cut(trained: nn.Module, context: Context) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from prunelab import cost, data, models
 from prunelab.methods import METHODS, Pruned, build
 from prunelab.methods.base import SPACES
+from prunelab.methods.ssl import ZERO
 from prunelab.structure import Budget, ChannelSpace
 from prunelab.training import Context, History, Hook, Recipe, fit
 
@@ -45,8 +47,36 @@ def pruned(method: str, name: str) -> Pruned:
     return found
 
 
+DEFAULTS: dict[str, dict[str, Any]] = {
+    # The papers': Algorithm 1 of SPP; Taylor's λ, and its updates for VGG-16 on Birds-200; Slimming's VGG; DropNet's
+    # CIFAR-10; the fine-tuning of "Rethinking the Value of Network Pruning". SPP's zeros are of the released code.
+    "spp": {"A": 0.05, "u": 0.25, "t": 180, "margin": 0.0, "averaging": 0.0},
+    "taylor": {"flops_regularisation": 1e-3, "updates": 30},
+    "slimming": {"penalty": 1e-4},
+    "dropnet": {"p": 0.2, "patience": 5},
+    "finetune": {"lr": 1e-3, "schedule": "constant"},
+    # Of the released code, and said of the paper, too.
+    "channel-pruning": {"images": 5000, "positions": 10},
+    # Of the released code, and for DMCP its ResNet configurations.
+    "abcpruner": {"changed": 2},
+    "dmcp": {"penalty": 0.1, "lr": 0.5, "alpha": 0.0, "step": 0.1, "least": 0.1, "warmup": 0.5},
+    # g is said of the paper, and 640 in the released code, which has this lr.
+    "hrank": {"g": 500, "lr": 0.01},
+    # ρ and its growth are of the same group's ADMM code, the perturbation is NNI's; the paper's are not known.
+    "autocompress": {"rho": 1e-3, "growth": 1.3, "perturbation": 0.35},
+}
+
 cases = pytest.mark.parametrize("name", NETWORKS)
 methods = pytest.mark.parametrize("method", [name for name in METHODS if name != "dense"])
+
+
+@pytest.mark.parametrize("method", DEFAULTS)
+def test_the_defaults_are_the_published_ones(method: str) -> None:
+    assert {name: getattr(build(method), name) for name in DEFAULTS[method]} == DEFAULTS[method]
+
+
+def test_ssl_zeroes_the_weights_that_the_released_code_does() -> None:
+    assert ZERO == 1e-4
 
 
 @methods

@@ -69,6 +69,13 @@ def test_groups_are_those_of_the_released_resnet_configurations(size: int, least
     assert chains.widths[0, -1] == size
 
 
+def test_groups_are_those_of_the_released_mobilenet_configuration() -> None:
+    chains = Chains(np.array([48, 144, 1920]), step=0.1 / 1.5, least=0.1 / 1.5)  # the supernet is 1.5 times as wide
+    assert chains.levels.tolist() == [14, 14, 14]
+    assert chains.widths[:, 0].tolist() == [6, 18, 128]
+    assert chains.widths.diff(dim=1)[:, 0].tolist() == [3, 9, 128]
+
+
 @settings(max_examples=30)
 @given(
     st.lists(st.integers(1, 70), min_size=1, max_size=5), st.floats(0.01, 0.5), st.floats(0, 0.5), st.integers(0, 99)
@@ -199,6 +206,15 @@ def test_expected_cost_is_the_mean_over_draws() -> None:
     of_all = space.cost(drawn.numpy()) / space.macs()
     np.testing.assert_allclose(expected.fractions(drawn).numpy(), of_all, rtol=1e-12)
     assert expectation(expected, chains) == pytest.approx(of_all.mean(), rel=0.005)
+
+
+@pytest.mark.parametrize(("name", "dense", "start"), [("resnet18", 1814, 121), ("resnet50", 4089, 227)])
+def test_millions_of_multiply_adds_where_an_imagenet_search_starts(name: str, dense: int, start: int) -> None:
+    """Derived from the released configurations, δ = least = 0.1, for α = 0; the paper has no such table."""
+    space = ChannelSpace(build(name, classes=1000, shape=(3, 224, 224), seed=0), torch.zeros(1, 3, 224, 224))
+    spent = expectation(ExpectedCost(space, Budget(0.5)), Chains(space.sizes))
+    assert round(space.macs() / 1e6) == dense
+    assert round(spent * space.macs() / 1e6) == start
 
 
 # -- the budget -------------------------------------------------------------------------------------------------------
@@ -369,6 +385,18 @@ def test_the_gradient_is_the_sum_over_four_networks(name: str, warmup: float, di
         assert not torch.equal(search.summed[n], search.of_whole[n])
 
 
+@pytest.mark.parametrize(("warmup", "from_chains"), [(0.9, False), (0.0, True)])
+def test_random_networks_are_uniform_in_the_warm_up_and_the_chains_after_it(
+    warmup: float, from_chains: bool, digits: Data
+) -> None:
+    space = ChannelSpace(build("convnet-bn", shape=digits.shape, seed=0, width=0.5), digits.example)
+    chains = Chains(space.sizes, alpha=-60.0)  # which draw the narrowest network only
+    search = Recorded(Supernet(space), chains, ExpectedCost(space, Budget(0.5)), 0.5, DMCP(warmup=warmup))
+    fit(search.supernet, digits, Recipe(1, lr=0.01, batch_size=64), seed=0, hook=search, progress=False)
+    _, *random = search.drawn
+    assert [torch.equal(widths, chains.widths[:, 0]) for widths in random] == [from_chains, from_chains]
+
+
 def test_warm_up_leaves_alpha_alone_and_alpha_leaves_the_weights_alone(digits: Data) -> None:
     recipe = Recipe(10 * 32 / len(digits.train.labels), lr=0.01, batch_size=32)
 
@@ -470,6 +498,27 @@ def test_direct_sampling_gives_up_with_the_nearest() -> None:
     assert torch.equal(found, chains.widths[:, 0])
 
 
+def test_expected_sampling_rounds_the_expected_widths() -> None:
+    space = space_of("resnet20")
+    chains = random_chains(space.sizes)
+    mean, _ = chains.moments(chains.marginals().detach())
+    widths = mean.round().long()
+    assert (widths > mean).any() and (widths < mean).any()
+    expected = ExpectedCost(space, Budget(0.5))
+    plan = DMCP()._plan(space, chains, expected, Budget(expected.fractions(widths).item()), seed=0)
+    assert space.widths(plan).tolist() == widths.tolist()
+
+
+def test_direct_sampling_is_a_draw_and_not_the_expected_widths() -> None:
+    space = space_of("resnet20")
+    chains, budget = random_chains(space.sizes), Budget(0.2)
+    expected = ExpectedCost(space, budget)
+    drawn = direct_sample(chains, expected, 0.2, torch.Generator().manual_seed(7))
+    direct = DMCP(sampling="direct")._plan(space, chains, expected, budget, seed=7)
+    mean = DMCP(sampling="expected")._plan(space, chains, expected, budget, seed=7)
+    assert space.widths(direct).tolist() == drawn.tolist() != space.widths(mean).tolist()
+
+
 def searched(digits: Data, name: str, budget: Budget, **settings: Any) -> tuple[ChannelSpace, Context, Pruned]:
     net = build(name, shape=digits.shape, seed=0, width=0.5)
     before = copy.deepcopy(net.state_dict())
@@ -514,6 +563,12 @@ def test_effort_and_history(digits: Data) -> None:
     mean, variance = chains.moments(chains.marginals().detach())
     assert list(history["widths"].values()) == pytest.approx(mean.tolist())
     assert history["spent"][-1] == pytest.approx(ExpectedCost(space, Budget(0.25))(mean, variance).item())
+
+
+def test_the_chains_are_those_that_the_settings_say(digits: Data) -> None:
+    _, _, pruned = searched(digits, "convnet-bn", Budget(0.5), alpha=1.5, step=0.2, least=0.4, share=2.0)
+    for p in pruned.history["p"].values():  # three levels of a fifth, above the two fifths that stay
+        assert p[0].tolist() == pytest.approx([(1 / (1 + math.exp(-1.5))) ** j for j in range(4)])
 
 
 def test_no_weight_is_inherited_and_the_seed_decides_all(digits: Data) -> None:

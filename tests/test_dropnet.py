@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 from typing import Any, Literal
 
@@ -308,6 +309,19 @@ def test_later_cycles_score_a_network_trained_from_the_first_weights(trained: tu
     for layer, score in found.history["activity"][1].items():
         assert torch.equal(score, again[layer])
     assert found.epochs == pytest.approx(len(found.history["units"]) - 1, abs=0.01)
+
+
+@pytest.mark.parametrize("patience", [1, 2])
+def test_cycles_end_early_with_the_given_patience(
+    patience: int, trained: tuple[nn.Module, Context], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prunelab.methods.dropnet.mean_loss", lambda net, data, split: 1.0)  # never falls again
+    net, context = trained
+    longer = dataclasses.replace(context, dense=dataclasses.replace(DENSE, epochs=5))
+    found = pruned((net, longer), 0.7, j=1.0, patience=patience)
+    trainings = len(found.history["units"]) - 1
+    assert trainings > 0
+    assert found.epochs == pytest.approx((1 + patience) * trainings)
 
 
 def test_random_metrics_need_no_training(trained: tuple[nn.Module, Context]) -> None:

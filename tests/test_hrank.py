@@ -310,6 +310,13 @@ def test_vgg16() -> None:
     assert f"{(cut.macs + whole_linear1) / 1e6:.1f}M" == "41.7M"
 
 
+def test_vgg16_whose_last_convolution_stays_whole() -> None:
+    """The authors' script sets the 13th rate to 0: 116.6M and 4.81M, which are not the printed counts."""
+    space, rates = published("vgg16-2")
+    found = count(space, {**rates, "conv13": 0.0})
+    assert (f"{found.macs / 1e6:.1f}M", f"{found.weights / 1e6:.2f}M") == ("116.6M", "4.81M")
+
+
 def test_vgg16_first_row_lists_what_stays() -> None:
     """Printed: 145.61M and 2.51M. Read as what goes, the rates leave five times the parameters."""
     space = space_of(build("vgg16", seed=0), (3, 32, 32))

@@ -78,13 +78,32 @@ def test_recipe_c_cuts_the_third_stage_of_resnet34() -> None:
     assert RECIPES["resnet34-C"][1] == {"layer3.0.conv2": 0.2}
     assert plan.widths["layer3.0.conv2"] == 204
     assert space.macs(plan) - projected == 3_374_446_592  # the paper prints 3.37e9, projections not counted
+    whole, left = (
+        sum(p.numel() for name, p in net.named_parameters() if "downsample" not in name)
+        for net in (space.net, space.shrink(plan))
+    )
+    assert f"{left:.2e}" == "2.01e+07" and round(100 * (1 - left / whole), 1) == 7.2  # Table 1, as above
 
 
-def test_recipes_skip_the_layers_the_paper_names() -> None:
-    pruned = RECIPES["resnet56-B"][1]
-    whole = {f"stage{s}.{b}.conv1" for s in (1, 2, 3) for b in range(9)} - set(pruned)
-    # layers 16, 18 | 20, 34 | 38, 54: stage 1 is layers 2..19, stage 2 20..37, stage 3 38..55
-    assert whole == {f"{at}.conv1" for at in ("stage1.7", "stage1.8", "stage2.0", "stage2.7", "stage3.0", "stage3.8")}
+@pytest.mark.parametrize(
+    ("recipe", "last", "skipped"),
+    [
+        ("resnet56-A", 54, {16, 20, 38, 54}),
+        ("resnet56-B", 54, {16, 18, 20, 34, 38, 54}),
+        ("resnet110-A", 36, {36}),  # stage 1 alone
+        ("resnet110-B", 108, {36, 38, 74}),
+        ("resnet34-A", 32, {2, 8, 14, 16, 26, 28, 30, 32}),
+        ("resnet34-B", 32, {2, 8, 14, 16, 26, 28, 30, 32}),
+    ],
+)
+def test_recipes_skip_the_layers_the_paper_names(recipe: str, last: int, skipped: set[int]) -> None:
+    """Counted from 1 as in the paper, without projections, the even convolutions are the first of a block."""
+    name, ratios = RECIPES[recipe]
+    with torch.device("meta"):
+        net = build(name, shape=(3, 32, 32))
+    convolutions = [n for n, m in net.named_modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)]
+    pruned = {number for number, layer in enumerate(convolutions, start=1) if layer in ratios}
+    assert pruned == {*range(2, last + 1, 2)} - skipped and len(pruned) == len(ratios)
 
 
 def test_a_recipe_is_a_methods_ratios(context: Context) -> None:

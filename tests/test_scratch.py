@@ -55,18 +55,23 @@ def fresh(trained: tuple[nn.Module, Context], seed: int = 0, **fields: Any) -> P
 
 
 @pytest.mark.parametrize(
-    ("dense", "left", "epochs"),
+    ("recipe", "dense", "left", "epochs"),
     [
-        (313_463_808, 206_279_680, 243),  # VGG-16-A
-        (125_485_696, 112_435_840, 178),  # ResNet-56-A and B
-        (125_485_696, 90_907_264, 220),
-        (252_887_680, 212_779_648, 190),  # ResNet-110-A and B
-        (252_887_680, 155_124_352, 260),
+        (CIFAR, 313_463_808, 206_279_680, 243),  # VGG-16-A
+        (CIFAR, 125_485_696, 112_435_840, 178),  # ResNet-56-A and B
+        (CIFAR, 125_485_696, 90_907_264, 220),
+        (CIFAR, 252_887_680, 212_779_648, 190),  # ResNet-110-A and B
+        (CIFAR, 252_887_680, 155_124_352, 260),
+        (IMAGENET, 3_663_761_408, 3_100_184_576, 106),  # ResNet-34-A and B
+        (IMAGENET, 3_663_761_408, 2_782_269_440, 118),
     ],
 )
-def test_equal_computation_takes_the_epochs_of_the_released_rule(dense: int, left: int, epochs: int) -> None:
-    assert Scratch(schedule="B", cap=math.inf).recipe(CIFAR, dense / left).epochs == epochs
-    assert Scratch(schedule="E").recipe(CIFAR, dense / left).epochs == 160
+def test_equal_computation_takes_the_epochs_of_the_released_rule(
+    recipe: Recipe, dense: int, left: int, epochs: int
+) -> None:
+    for cap in (2, math.inf):
+        assert Scratch(schedule="B", cap=cap).recipe(recipe, dense / left).epochs == epochs
+    assert Scratch(schedule="E").recipe(recipe, dense / left).epochs == recipe.epochs
 
 
 def test_the_imagenet_rule_doubles_at_most() -> None:

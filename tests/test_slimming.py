@@ -267,6 +267,30 @@ def test_the_pruned_network(passes: int, cap: float, digits: Data, trained: nn.M
         sizes = widths
 
 
+def test_no_pass_takes_more_of_a_layer_than_the_cap(digits: Data, trained: nn.Module) -> None:
+    net = copy.deepcopy(trained)
+    with torch.no_grad():
+        net.get_parameter("bn1.weight").mul_(1e-4)  # by the scales alone, this layer would go first
+    free, capped = (
+        Slimming(penalty=0.0, passes=2, cap=cap)(net, Budget(0.25, "conv"), context(digits)).history["widths"]
+        for cap in (1.0, 0.5)
+    )
+    assert free[0]["conv1"] < 16 == capped[0]["conv1"]
+
+
+def test_every_pass_trains_with_the_penalty(monkeypatch: pytest.MonkeyPatch, digits: Data, trained: nn.Module) -> None:
+    penalties: list[float] = []
+
+    class Watched(Penalty):
+        def start(self, state: State) -> None:
+            super().start(state)
+            penalties.append(self.penalty)
+
+    monkeypatch.setattr("prunelab.methods.slimming.Penalty", Watched)
+    Slimming(penalty=0.03, passes=3)(trained, HALF, context(digits))
+    assert penalties == [0.03] * 3
+
+
 def test_the_channels_that_go_are_those_of_smallest_gamma(digits: Data, trained: nn.Module) -> None:
     pruned = Slimming(penalty=0.05)(trained, HALF, context(digits))
     (scales,) = pruned.history["scales"]

@@ -242,6 +242,17 @@ def test_a_unit_that_is_paid_for_is_not_zero(unit: str, digits: data.Data, train
         assert norm.count_nonzero() == (~pruning.layers[name].gone).sum()
 
 
+@pytest.mark.parametrize("unit", ["columns", "filters"])
+def test_probabilities_rise_in_the_order_of_the_l1_norms(unit: str, digits: data.Data, trained: nn.Module) -> None:
+    space = space_of(unit, copy.deepcopy(trained), digits.example)
+    pruning = Pruning(space, {group.name: group.size // 2 for group in space.groups}, SPP(unit=unit))
+    pruning.refresh()
+    for group in space.groups:
+        weakest_first = space.unit_weights(group.name).abs().sum(1).argsort(stable=True).numpy()
+        expected = increment(np.arange(float(group.size)), group.size // 2).clip(min=0)
+        np.testing.assert_allclose(pruning.layers[group.name].p[weakest_first], expected, atol=1e-12)
+
+
 def test_masks_are_drawn_with_the_right_probability(digits: data.Data, trained: nn.Module) -> None:
     net = copy.deepcopy(trained)
     space = ColumnSpace(net, digits.example)

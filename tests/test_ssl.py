@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 
@@ -212,6 +213,30 @@ def test_multipliers_by_layer(convnet: nn.Module, digits: data.Data) -> None:
         penalised(found, ("columns",), {"columns": {"conv4": 1}})
 
 
+@pytest.mark.parametrize(
+    ("filters", "columns", "flops"),
+    [
+        ((5, 19), (25, 4 * 25), (25.0, 7.6)),  # Table 1: of 5 filters 4 have a channel that is read
+        ((3, 12), (25, 3 * 25), (15.0, 3.6)),
+        ((2, 50), (21, 41), (8.4, 8.2)),  # Table 2
+        ((1, 50), (7, 14), (1.4, 2.8)),
+    ],
+)
+def test_lenet_keeps_the_published_share_of_its_operations(
+    filters: tuple[int, int], columns: tuple[int, int], flops: tuple[float, float]
+) -> None:
+    net = nn.Sequential(
+        nn.Conv2d(1, 20, 5), nn.MaxPool2d(2), nn.Conv2d(20, 50, 5), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(800, 500), nn.ReLU(), nn.Linear(500, 10),
+    )  # fmt: skip
+    example = torch.zeros(1, 1, 28, 28)
+    found = RowColumnSpace(net, example)
+    groups = dict(zip(("0", "2", "0 columns", "2 columns"), (*filters, *columns), strict=True))
+    small = found.shrink(found.plan({group: range(width) for group, width in groups.items()}))
+    left, whole = (cost.breakdown(n, example).set_index("name").macs[["0", "2"]] for n in (small, net))
+    assert (100 * left / whole).round(1).tolist() == [*flops]
+
+
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
@@ -244,6 +269,25 @@ def test_the_penalty_alone_takes_to_zero_what_the_budget_does(
         assert after[gone].max() < 1e-6
     else:  # a step of λ_g·η overshoots zero by less than itself
         assert after[gone].max() <= 1.01 * hook.strengths[0][0] * recipe.lr + ZERO * math.sqrt(32)
+
+
+def test_a_constant_penalty_pulls_every_filter_by_lambda_times_its_multiplier(
+    convnet: nn.Module, digits: data.Data
+) -> None:
+    found = ChannelSpace(copy.deepcopy(convnet), digits.example)
+    multipliers = {"filters": {"conv2": 3.0}}
+    method = build("ssl", unit="filters", lambda_g=0.1, multipliers=multipliers)
+    hook = Pressure(found, penalised(found, ("filters",), multipliers), method, HALF)
+    state = State(found.net, torch.optim.SGD(found.net.parameters(), lr=0.1), step=0, steps=10, steps_per_epoch=10)
+    for parameter in found.net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    hook.start(state)
+    hook.before_step(state)
+    hook.after_gradients(state)
+    for layer, pull in (("conv1", 0.1), ("conv2", 0.3), ("conv3", 0.1)):
+        gradient = found.net.get_parameter(f"{layer}.weight").grad
+        assert gradient is not None
+        assert gradient.flatten(1).norm(dim=1).tolist() == pytest.approx([pull] * len(gradient))
 
 
 def test_columns_that_go_with_their_channel_need_no_penalty(digits: data.Data) -> None:

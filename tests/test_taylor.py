@@ -77,6 +77,16 @@ def test_theta_does_not_depend_on_the_batch_size() -> None:
         torch.testing.assert_close(once[group], in_parts[group])
 
 
+def test_theta_starts_anew_once_it_is_taken() -> None:
+    net, (images, labels) = tiny(), batch()
+    with gated(ChannelSpace(net, images[:1])) as theta:
+        for part, answers in zip(images.chunk(2), labels.chunk(2), strict=True):
+            F.cross_entropy(net(part), answers).backward()
+            theta.collect()
+            found = theta.take()
+    torch.testing.assert_close(found, torch.cat([*theta_of(net, images[6:], labels[6:]).values()]))
+
+
 def test_theta_is_the_change_of_a_loss_that_is_linear_in_the_gate() -> None:
     """With C = mean over examples of Σ logits, removing a map changes C by ∂C/∂gate exactly."""
     torch.manual_seed(0)
@@ -126,6 +136,11 @@ def test_gates_leave_the_output_and_the_network_alone() -> None:
 
 
 # -- the ranking ------------------------------------------------------------------------------------------------------
+
+
+def test_vgg16_has_the_papers_4224_feature_maps() -> None:
+    space = ChannelSpace(build("vgg16", shape=(3, 32, 32), seed=0), torch.zeros(1, 3, 32, 32))
+    assert sum(group.size for group in space.groups if group.name.startswith("conv")) == 4224
 
 
 def test_theta_hat_has_unit_norm_and_no_scale() -> None:
@@ -218,6 +233,17 @@ def test_what_is_removed_never_comes_back(
     assert len(pruned.history["widths"]) >= 16
     for earlier, later in pairwise(plans):
         assert all({*later.keep[group]} <= {*earlier.keep[group]} for group in later.keep)
+
+
+def test_with_a_large_lambda_the_costliest_maps_go(context: Context) -> None:
+    net = build("convnet-bn", shape=SHAPE, width=0.5, seed=0)
+    free, charged = (
+        Taylor(flops_regularisation=strength, updates=4, share=1.0)(net, Budget(0.5, "conv"), context).plan.widths
+        for strength in (0.0, 1e6)
+    )
+    # 25 weights x inputs x positions: 1,600 MACs a map of conv1, 6,400 of conv2, at most 1,600 of conv3
+    assert charged["conv1"] == 16 and charged["conv3"] == 32
+    assert charged["conv2"] < free["conv2"]
 
 
 def test_net_is_untouched_and_epochs_are_counted(
