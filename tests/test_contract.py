@@ -55,12 +55,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "slimming": {"penalty": 1e-4},
     "dropnet": {"p": 0.2, "patience": 5},
     "finetune": {"lr": 1e-3, "schedule": "constant"},
-    # Of the released code, and said of the paper, too.
-    "channel-pruning": {"images": 5000, "positions": 10},
     # Of the released code, and for DMCP its ResNet configurations.
+    "channel-pruning": {"images": 5000, "positions": 10},
     "abcpruner": {"changed": 2},
     "dmcp": {"penalty": 0.1, "lr": 0.5, "alpha": 0.0, "step": 0.1, "least": 0.1, "warmup": 0.5},
-    # g is said of the paper, and 640 in the released code, which has this lr.
+    # The rate of the released code, which has g = 640: ours is smaller.
     "hrank": {"g": 500, "lr": 0.01},
     # ρ and its growth are of the same group's ADMM code, the perturbation is NNI's; the paper's are not known.
     "autocompress": {"rho": 1e-3, "growth": 1.3, "perturbation": 0.35},
