@@ -440,13 +440,16 @@ def _provenance(images: data.Data) -> Row:
 
 @cache
 def _code_version() -> str:
-    """The package's version, with the commit where it runs from a repository."""
+    """The package's version, with the commit where it runs from a repository, and whether it was changed since."""
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():  # a repository further up is another project's
         return prunelab.__version__
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--match="]
+    git = "git", "-C", str(root)
     try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        commit = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "prunelab"], check=False).returncode
     except (OSError, subprocess.CalledProcessError):
         return prunelab.__version__
-    return f"{prunelab.__version__}+{commit}"
+    return f"{prunelab.__version__}+{commit.strip()}{'-dirty' if changed else ''}"  # rows that come in are no change

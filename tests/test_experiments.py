@@ -284,15 +284,30 @@ def test_the_effort_of_the_first_data_set() -> None:
     assert replace(moved, pretrained=None).key != moved.key
 
 
-def test_a_row_names_the_commit_of_prunelabs_own_repository_alone(
+def test_a_row_names_the_commit_of_prunelab_and_whether_its_code_was_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Installed somewhere inside another project, it has a version and no commit."""
-    monkeypatch.setattr(experiments, "__file__", str(tmp_path / "other" / "lib" / "prunelab" / "experiments.py"))
-    subprocess.run(["git", "init", "-q", tmp_path / "other"], check=True)
-    name = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
-    subprocess.run(
-        ["git", "-C", tmp_path / "other", *name, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True
-    )
-    (tmp_path / "other" / "lib" / "prunelab").mkdir(parents=True)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    code, row = tmp_path / "prunelab" / "experiments.py", tmp_path / "results" / "rows.jsonl"
+    for file in (code, row):
+        file.parent.mkdir()
+        file.write_text("\n")
+    monkeypatch.setattr(experiments, "__file__", str(code))
+    version = experiments._code_version.__wrapped__
+    assert version() == prunelab.__version__
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *command], check=True)
+    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
+    assert version() == f"{prunelab.__version__}+{commit.strip()}"
+    row.write_text("a row that came in\n")
+    assert version() == f"{prunelab.__version__}+{commit.strip()}"
+    code.write_text("changed\n")
+    assert version() == f"{prunelab.__version__}+{commit.strip()}-dirty"
+
+
+def test_installed_inside_another_project_it_names_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "theirs"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(experiments, "__file__", str(tmp_path / "lib" / "prunelab" / "experiments.py"))
     assert experiments._code_version.__wrapped__() == prunelab.__version__
