@@ -122,14 +122,13 @@ class Experiment:
     def __post_init__(self) -> None:
         name = instance(str, "a name")
         check_fields(self, "experiment", dataset=name, model=name, parameters=PARAMETERS, pretrained=optional(name))
-        object.__setattr__(self, "parameters", tuple(sorted(dict(self.parameters).items())))
         check_fields(self, "experiment", effort=one_of(EFFORTS), seed=integer(0))
         method = methods.build(self.method, **dict(self.parameters))
         floats = {field.name for field in fields(method) if str(field.type).startswith("float")}
-        # 1 and 1.0 are one experiment, with one key, as are the fractions below.
-        pairs = ((n, float(v) if n in floats and isinstance(v, int) else v) for n, v in self.parameters)
-        object.__setattr__(self, "parameters", tuple(pairs))
         Budget(self.macs, self.scope)
+        # 1 and 1.0 are one experiment, with one key.
+        settled = {n: float(v) if n in floats and isinstance(v, int) else v for n, v in dict(self.parameters).items()}
+        object.__setattr__(self, "parameters", tuple(sorted(settled.items())))
         object.__setattr__(self, "macs", float(self.macs))
 
     @classmethod

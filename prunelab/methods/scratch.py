@@ -41,8 +41,8 @@ class Scratch:
         anew for every seed, our control.
     schedule: "E", as many epochs as the dense training had; "B", as much computation: ⌊E · MACs / MACs left⌋. The
         recipe stays, and with it the fractions of the run at which the learning rate falls, which the released code
-        rounds to epochs. MACs are those of
-        convolutions and linear layers; the released code also counts batch norm, activations and pools.
+        rounds to epochs. MACs are those of convolutions and linear layers; the released code also counts batch norm,
+        activations and pools.
     cap: the most that "B" may train, in multiples of "E", >= 1: 2 for the predefined widths on ImageNet, `math.inf` in
         the released CIFAR code and for automatic ones.
     weights: "fresh", drawn anew by the context's seed, convolutions as in the released code, linear layers as PyTorch
