@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from prunelab import cost, models
 from prunelab.structure import Budget, ChannelSpace, ColumnSpace, RowColumnSpace, Space
-from prunelab.structure.space import Ranking
 
 EXAMPLE = torch.zeros(1, 3, 32, 32)
 NETS = "convnet-bn", "model-c", "vgg16", "resnet20", "densenet40", "mobilenet_v2", "regnet_y_400mf", "convnext_tiny"
@@ -69,20 +68,6 @@ def test_parameters_by_hand() -> None:
     assert space.parameters({"0": 1, "2": 2}) == (27 + 1 + 2) + 2 * (9 * 1 + 1) + 2 * (2 * 4 + 1)
     columns = ColumnSpace(net, torch.zeros(1, 3, 6, 6))
     assert columns.parameters({"0": 5, "2": 7}) == 4 * 5 + 4 + 2 * 4 + 5 * 7 + 5 + 2 * 20 + 2
-
-
-@pytest.mark.parametrize("ranking", ["layer", "global"])
-@pytest.mark.parametrize("name", ["model-c", "vgg16", "alexnet"])
-def test_no_unit_goes_that_saves_nothing(name: str, ranking: Ranking) -> None:
-    space = ChannelSpace(*network(name))
-    hidden = {group.name for group in space.groups if "linear" in group.name or "classifier" in group.name}
-    assert hidden
-    scores = space.scores("l1")
-    scores |= {layer: -scores[layer] for layer in hidden}  # they would be the first to go
-    for budget, whole in {Budget(0.3, "conv"): hidden, Budget(0.3): set(), Budget(parameters=0.3): set()}.items():
-        plan = space.plan_for(scores, budget, ranking)
-        assert {layer for layer in hidden if plan.widths[layer] == plan.sizes[layer]} == whole
-        assert space.spent(budget)(space.widths(plan)) <= 0.3
 
 
 class Sharing(nn.Module):

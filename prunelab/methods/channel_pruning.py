@@ -41,8 +41,7 @@ class ChannelPruning:
     The outputs of residual blocks stay whole. The first convolution of a branch gets a `ChannelSelection` of its own,
     the paper's sampler, and the last one aims at Y1 − Y1' + Y2: its own response and what the shortcut has lost, in
     units of the response before batch norm. Batch norms are kept as they are, an intercept goes into their mean.
-    The inputs of hidden linear layers are cut, too, where the budget gains by it. Not here: 3C, which also factorises
-    kernels in space and channels.
+    The inputs of hidden linear layers are cut, too. Not here: 3C, which also factorises kernels in space and channels.
 
     selection: "lasso"; or a rival: the "first k" channels, or those of "max response", the largest Σ|W_i|.
     reconstruct: whether least squares follows; without it the kept weights stay as they were.

@@ -59,8 +59,8 @@ class DropNet:
     The first cycle's training is the dense network's own. Our cycles end with the one that meets the budget, which
     drops no more than is needed; the paper's, when validation accuracy falls to κ times the dense one's (in the
     released code: when a tenth of the units is left). The result is the last network with its weights of before any
-    training, to be trained as the dense one was. As in every method, units that would save nothing of the budget stay:
-    under one of convolution MACs the hidden linear layer of Model C, which the paper does not prune either.
+    training, to be trained as the dense one was. Units that would save nothing of the budget stay: under a budget of
+    convolution MACs, hidden linear layers, such as that of the paper's Model C.
 
     metric: one of the six above. Random ones need no training between the cycles.
     p: fraction of the units left that a cycle drops, in (0, 1]; 0.2 in the paper, 0.5 on Tiny-ImageNet.
@@ -100,7 +100,7 @@ class DropNet:
         if context.initial is None or context.dense is None:
             raise ValueError("dropnet: needs the initial network and the dense recipe: Context(initial=..., dense=...)")
         space = ChannelSpace(context.initial, context.data.example)
-        layers = [group.name for group, saves in zip(space.groups, space.saving(budget), strict=True) if saves]
+        layers = droppable(space, budget)
         spent = space.spent(budget)
         if (least := spent(space.widths(dict.fromkeys(layers, 1)))) > budget.fraction:
             raise ValueError(
@@ -198,6 +198,12 @@ def without(space: Space, plan: Plan, units: Iterable[tuple[str, int]]) -> Plan:
             for layer, kept in plan.keep.items()
         }
     )
+
+
+def droppable(space: ChannelSpace, budget: Budget) -> list[str]:
+    """Return the groups whose units save something of the multiply-adds that a budget counts."""
+    costs, whole = space.cost(space.one_less, budget.scope), space.macs(scope=budget.scope)
+    return [group.name for group, cost in zip(space.groups, costs.tolist(), strict=True) if cost < whole]
 
 
 def oracle(space: Space, data: Data) -> dict[str, Tensor]:

@@ -31,8 +31,8 @@ class L1:
 
     Where layers are added, the shortcut decides: the filters of its 1x1 projection are ranked, and every layer of the
     sum loses the same ones. With an identity shortcut there is nothing to rank, and the sum stays whole.
-    Hidden linear layers are cut like convolutions, unless the budget is of convolution MACs; the paper's VGG-16 keeps
-    its own, as do those `ratios` that do not name it.
+    Hidden linear layers are cut like convolutions, even where a budget of convolution MACs gains nothing by it; the
+    paper's VGG-16 keeps its own, as do those `ratios` that do not name it.
 
     unit: "filters", or, which the rule on sums does not touch, "columns" of the im2col matrix, SPP's one-shot control;
         "filters+columns" or "blocks", those of SSL.

@@ -229,9 +229,8 @@ class Space(ABC):
             scores: {group: [size]}. With a budget, units of score +inf are never removed. Units of score -inf are the
                 first to go, of their group or with a global ranking of all, but no surer to go than others: one stays
                 where nothing more has to go, or nothing else is left of its group.
-            target: a budget, for which no unit goes that would save nothing of it, such as one of a hidden linear layer
-                where convolution MACs count; or what each group keeps, as {group: share} (groups not named stay whole)
-                or a list in the order of `groups`. A share is a count (int) or a fraction.
+            target: a budget; or what each group keeps, as {group: share} (groups not named stay whole) or a list in the
+                order of `groups`. A share is a count (int) or a fraction.
             ranking: with a budget, "layer" removes the same fraction of every group, "global" compares scores across
                 groups.
 
@@ -297,18 +296,11 @@ class Space(ABC):
         if budget.latency is not None:
             ranked = scores or criteria.alike(self)
             return lambda widths: self._latency(self.best(ranked, widths))
-        closed_form = self._closed_form(budget)
+        closed_form = self.parameter_cost if budget.macs is None else self.cost
         dense = int(closed_form(self.sizes, budget.scope))
         if dense == 0:
             raise ValueError(f"{type(self.net).__name__} has no {budget.what}, of which a budget could keep a fraction")
         return lambda widths: float(closed_form(widths, budget.scope) / dense)
-
-    def saving(self, budget: Budget) -> Bools:
-        """Return of which groups a unit removed saves some of the budget's cost, bool [groups]; of all, of latency."""
-        if budget.latency is not None:
-            return np.ones(len(self.groups), dtype=np.bool_)
-        closed_form = self._closed_form(budget)
-        return np.asarray(closed_form(self.one_less, budget.scope) < closed_form(self.sizes, budget.scope))
 
     @cached_property
     def parameter_cost(self) -> Cost:
@@ -478,9 +470,6 @@ class Space(ABC):
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
-    def _closed_form(self, budget: Budget) -> Cost:
-        return self.parameter_cost if budget.macs is None else self.cost
-
     def _known(self, names: Mapping[str, object]) -> None:
         unknown = [name for name in names if name not in self._index]
         if unknown:
@@ -511,8 +500,7 @@ class Space(ABC):
 
         The result is one that `spent` found within the budget, also where that is measured and does not fall steadily.
         """
-        priority = np.where(self.saving(budget)[self._group_of], self._priority(scores, ranking), np.inf)
-        removed_from, left = self._removals(priority)
+        removed_from, left = self._removals(self._priority(scores, ranking))
 
         def widths(count: int) -> Ints:
             found = self.sizes.copy()
