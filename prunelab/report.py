@@ -212,6 +212,9 @@ def ranks(rows: pd.DataFrame, metric: str = "test_tuned") -> pd.DataFrame:
     Returns:
         Per budget, largest first, the best arm first: macs, arm, label, mean in percent; rank, by the mean; highest and
         lowest, the ranks that are possible; seeds, those that all arms of the budget have.
+
+    Raises:
+        ValueError: at no budget is there a seed that all of its arms have.
     """
     labels = dict(zip(rows.arm, rows.label, strict=True))
     found: list[pd.DataFrame] = []
@@ -225,6 +228,8 @@ def ranks(rows: pd.DataFrame, metric: str = "test_tuned") -> pd.DataFrame:
         table["rank"] = table["mean"].rank(ascending=False, method="min").astype(int)
         table["highest"], table["lowest"] = 1 + certain.sum(axis=0), len(table) - certain.sum(axis=1)
         found.append(table.assign(seeds=len(accuracy)).sort_values("rank"))
+    if not found:
+        raise ValueError("no arm can be ranked: at no budget do all pruned arms have a seed in common")
     return pd.concat(found).sort_values(["macs", "rank"], ascending=[False, True], ignore_index=True)
 
 

@@ -141,6 +141,9 @@ def test_arms_without_a_common_seed_have_no_rank() -> None:
     given = rows({("a", 0.5): CLEAR, ("b", 0.5): [70.0] * 3, ("a", 0.25): [60.0], ("b", 0.25): [62.0]})
     given.loc[(given.arm == "b") & (given.macs == 0.25), "seed"] = 7
     assert report.ranks(given).macs.tolist() == [0.5, 0.5]
+    for nothing in (given[given.macs == 0.25], rows({("dense", 1.0): [73.0] * 3})):
+        with pytest.raises(ValueError, match="no arm can be ranked"):
+            report.ranks(nothing)
 
 
 def test_the_summary_says_how_many_differences_lie_on_either_side_of_the_bound() -> None:
