@@ -83,6 +83,7 @@ LOOKS: dict[str, Look] = {
     "abcpruner-l1": Look(BLUE, "*"),
     "abcpruner-none": Look(YELLOW, "*"),
     "dropnet": Look(GREEN, "*"),
+    "dropnet-global": Look(BLUE, "*"),
     "dropnet-maximum": Look(RED, "v"),
     "dropnet-random": Look(SKY, "X"),
     "dropnet-reinitialised": Look(PURPLE, "D"),
